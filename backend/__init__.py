@@ -1,0 +1,1 @@
+"""The express attention backend: metadata, worker and the kernels of each device."""

@@ -1,0 +1,153 @@
+"""The EXPRESS attention backend: what vLLM asks of a backend, answered for each device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from express_vllm.conflicts import ConflictError
+from express_vllm.scheduler.spec import ExpressSpec
+
+if TYPE_CHECKING:
+    from .metadata import ExpressMetadata
+
+
+class ExpressBackend(AttentionBackend):
+    supported_dtypes: ClassVar[list[torch.dtype]] = [
+        torch.float16, torch.bfloat16, torch.float32,
+    ]  # fmt: skip
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_name() -> str:
+        return "EXPRESS"
+
+    @staticmethod
+    def get_impl_cls() -> type[ExpressImpl]:
+        return ExpressImpl
+
+    @staticmethod
+    def get_builder_cls() -> Any:
+        from .metadata import ExpressMetadataBuilder
+
+        return ExpressMetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return ExpressSpec.of(spec)
+
+    @classmethod
+    def check_layer(cls, selector: Any) -> None:
+        """Refuse layers that express does not cover.  Raises ConflictError naming each reason."""
+        reasons = []
+        if selector.has_sliding_window:
+            reasons.append("sliding-window layers are already bounded and not mixed in yet")
+        if selector.has_sink:
+            reasons.append("the model's own attention sinks are not built")
+        if selector.use_mla or selector.use_sparse:
+            reasons.append("MLA and sparse attention layers cache no keys and values per token")
+        if selector.use_mm_prefix:
+            reasons.append("bidirectional attention over multimodal prefixes is not built")
+        if selector.attn_type != AttentionType.DECODER:
+            reasons.append(f"{selector.attn_type} attention is not causal self-attention")
+        if selector.use_per_head_quant_scales:
+            reasons.append("quantized KV caches are not built")
+        if reasons:
+            raise ConflictError(
+                "--attention-backend express cannot run this model: " + "; ".join(reasons)
+                + ". Serve it with another --attention-backend."
+            )  # fmt: skip
+
+
+class ExpressImpl(AttentionImpl["ExpressMetadata"]):
+    """Attention of one layer over coresets: dispatches to the device's path."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        refused = {
+            "alibi slopes": alibi_slopes, "sliding windows": sliding_window,
+            "logits soft caps": logits_soft_cap,
+            "KV sharing between layers": kv_sharing_target_layer_name,
+            **{name: value for name, value in kwargs.items() if value is not None},
+        }  # fmt: skip
+        found = [name for name, value in refused.items() if value]
+        if found:
+            raise ConflictError(
+                f"--attention-backend express does not support {', '.join(found)}, which this "
+                "model uses. Serve it with another --attention-backend."
+            )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.first_kv_head = first_kv_head(self.num_kv_heads)
+        self._path: Any = None
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: ExpressMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query [T, heads, d], key and value [T, KV heads, d] -> output [T, heads, d] in place.
+
+        kv_cache: [blocks, KV heads, block size, 2 d], key | value.
+        """
+        if attn_metadata is None:  # warm-up
+            return output.zero_()
+        if self._path is None:
+            self._path = self._make_path(layer)
+        self._path.forward(query, key, value, kv_cache, attn_metadata, output)
+        return output
+
+    def _make_path(self, layer: Any) -> Any:
+        from .cpu.path import CpuPath
+
+        return CpuPath(
+            layer_index(layer.layer_name), self.first_kv_head, self.num_kv_heads,
+            self.num_heads // self.num_kv_heads, self.head_size, self.scale,
+        )  # fmt: skip
+
+
+def layer_index(name: str) -> int:
+    """The global index of the decoder layer `name`: it feeds the seed, on every pipeline rank."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return extract_layer_index(name)
+
+
+def first_kv_head(local_heads: int) -> int:
+    """Global index of this tensor-parallel rank's first KV head."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    config = get_current_vllm_config()
+    total = config.model_config.get_total_num_kv_heads()
+    rank, size = get_tensor_model_parallel_rank(), config.parallel_config.tensor_parallel_size
+    return rank * total // size if total < size else rank * local_heads

@@ -1,0 +1,1 @@
+"""The CPU path: PyTorch for matrix products, numba for what has no matrix form."""

@@ -1,0 +1,310 @@
+"""One compaction event of one layer: heavy hitters, halvings and the move, per KV head.
+
+Repeats `express_vllm.reference.cache` in fp32 on a dense working buffer [KV heads, slots, 2 d] whose
+rows are key | value.  Each KV head is one task and every reduction has a fixed order, so the
+result depends on the head's own rows alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, cfunc, njit
+
+from express_vllm.layout import DRAW, RING_ROWS
+from express_vllm.rng import STREAM_COMPLEMENT, STREAM_DRAW, STREAM_SIGN
+
+from . import team
+from .scalar import as_pointer, fast_exp, mix, random_bits
+
+_FAST = {"reassoc", "nsz", "arcp", "contract"}
+_GAUSSIAN, _EXPONENTIAL = 0, 1
+KERNELS = {"gaussian": _GAUSSIAN, "exponential": _EXPONENTIAL}
+_DRAW = DRAW
+_SIGN, _COMPLEMENT, _DRAWN = STREAM_SIGN, STREAM_COMPLEMENT, STREAM_DRAW
+#: log(2 / delta) of the published threshold, delta = 1/2 (reference.halving.DELTA).
+_LOG_TWO_OVER_DELTA = np.float32(np.log(4.0))
+_ROWS = 4
+
+
+@njit(fastmath=_FAST, cache=True)
+def attention_mass(rows, slots, log_weight, scale, mass):
+    """Attention that `rows` [R, d] pay to each live slot, summed over rows, into `mass` [live].
+
+    Row r is the query of the token in slot live - R + r and sees slots up to its own.
+    """
+    count, size = rows.shape
+    live = mass.shape[0]
+    scores = np.empty((live, count), np.float32)
+    for j in range(live):
+        key, bias = slots[j], log_weight[j]
+        for r in range(0, count, 4):
+            s0 = s1 = s2 = s3 = np.float32(0.0)
+            row0, row1, row2, row3 = rows[r], rows[r + 1], rows[r + 2], rows[r + 3]
+            for c in range(size):
+                s0 += row0[c] * key[c]
+                s1 += row1[c] * key[c]
+                s2 += row2[c] * key[c]
+                s3 += row3[c] * key[c]
+            scores[j, r] = s0 * scale + bias
+            scores[j, r + 1] = s1 * scale + bias
+            scores[j, r + 2] = s2 * scale + bias
+            scores[j, r + 3] = s3 * scale + bias
+    for j in range(live - count + 1, live):
+        for r in range(j - (live - count)):
+            scores[j, r] = np.float32(-3.0e38)
+    peak = np.full(count, np.float32(-3.0e38))
+    total = np.zeros(count, np.float32)
+    for j in range(live):
+        for r in range(count):
+            peak[r] = max(peak[r], scores[j, r])
+    for j in range(live):
+        for r in range(count):
+            scores[j, r] = fast_exp(scores[j, r] - peak[r])
+            total[r] += scores[j, r]
+    for r in range(count):
+        total[r] = np.float32(1.0) / total[r]
+    for j in range(live):
+        sum_ = np.float32(0.0)
+        for r in range(count):
+            sum_ += scores[j, r] * total[r]
+        mass[j] = sum_
+
+
+@njit(cache=True)
+def keep_heavy(order, mass, sinks, heavy, incoming_start, incoming):
+    """Reorder `order`: the `heavy` heaviest candidates first, the others after the coreset."""
+    count = heavy + incoming
+    candidates = np.empty(count, np.int64)
+    weights = np.empty(count, np.float32)
+    for i in range(count):
+        slot = sinks + i if i < heavy else incoming_start + i - heavy
+        candidates[i] = slot
+        weights[i] = -mass[slot]
+    ranked = np.argsort(weights, kind="mergesort")
+    chosen = np.zeros(count, np.bool_)
+    for i in range(heavy):
+        chosen[ranked[i]] = True
+    coreset = incoming_start - sinks - heavy
+    first = sinks
+    for i in range(count):
+        if chosen[i]:
+            order[first] = candidates[i]
+            first += 1
+    for i in range(coreset):
+        order[first + i] = sinks + heavy + i
+    first += coreset
+    for i in range(count):
+        if not chosen[i]:
+            order[first] = candidates[i]
+            first += 1
+
+
+@njit(fastmath=_FAST, cache=True)
+def halve(slots, order, start, length, kind, event_key, op):
+    """Rewrite order[start : start + length/2] with the kept slots of the walk (KH(delta)).
+
+    Pairs are taken four rows (two pairs) at a time; only the upper triangle of the kernel is
+    computed and nothing of size length^2 is stored.
+    """
+    size = slots.shape[1] // 2
+    keys = np.empty((length, size), np.float32)
+    values = np.empty((length, size), np.float32)
+    norms = np.empty(length, np.float32)
+    bound = np.float32(0.0)
+    for j in range(length):
+        row = slots[order[start + j]]
+        for c in range(size):
+            keys[j, c] = row[c]
+            values[j, c] = row[size + c]
+        for c in range(size):
+            bound = max(bound, abs(row[size + c]))
+    if kind == _EXPONENTIAL:
+        _centre(keys)
+    for j in range(length):
+        norm = np.float32(0.0)
+        for c in range(size):
+            norm += keys[j, c] * keys[j, c]
+        norms[j] = norm
+    shift = norms.max()
+    bound *= bound
+    scale = np.float32(1.0) / np.sqrt(np.float32(size))
+    key_dots = np.empty((_ROWS, length), np.float32)
+    value_dots = np.empty((_ROWS, length), np.float32)
+    psi = np.zeros(length // 2, np.float32)
+    difference = np.empty(length // 2, np.float32)
+    largest = np.float32(0.0)
+    flip = np.int64(random_bits(event_key, op, _COMPLEMENT, 0) & np.uint64(1))
+    factor = np.float32(0.5) + np.log(np.float32(length)) + _LOG_TWO_OVER_DELTA
+    for block in range(0, length, _ROWS):
+        rows = min(_ROWS, length - block)
+        _dots(keys, block, rows, key_dots)
+        _dots(values, block, rows, value_dots)
+        for r in range(rows):
+            dots, weights, norm = key_dots[r], value_dots[r], norms[block + r]
+            if kind == _GAUSSIAN:
+                for j in range(block, length):
+                    distance = max(norm + norms[j] - np.float32(2.0) * dots[j], np.float32(0.0))
+                    dots[j] = fast_exp(np.float32(-0.5) * scale * distance) * (weights[j] + bound)
+            else:
+                for j in range(block, length):
+                    exponent = min((dots[j] - shift) * scale, np.float32(0.0))
+                    dots[j] = fast_exp(exponent) * (weights[j] + bound)
+        for r in range(0, rows, 2):
+            first, second = key_dots[r], key_dots[r + 1]
+            i = (block + r) // 2
+            for j in range(i, length // 2):
+                difference[j] = (first[2 * j] - first[2 * j + 1]) - (
+                    second[2 * j] - second[2 * j + 1]
+                )
+            draw = random_bits(event_key, op, _SIGN, i)
+            root = np.sqrt(max(difference[i], np.float32(0.0)))
+            largest = max(largest, root)
+            threshold = root * largest * factor
+            if kind == _EXPONENTIAL and threshold > np.float32(0.0):
+                ticket = np.float32(draw >> np.uint64(8)) * np.float32(2.0**-23) - np.float32(1.0)
+                positive = ticket * threshold > psi[i]
+            elif psi[i] == np.float32(0.0):
+                positive = draw & np.uint64(1) == np.uint64(1)
+            else:
+                positive = psi[i] < np.float32(0.0)
+            if positive:
+                for j in range(i + 1, length // 2):
+                    psi[j] += difference[j]
+            else:
+                for j in range(i + 1, length // 2):
+                    psi[j] -= difference[j]
+            kept = np.int64(1 - np.int64(positive)) ^ flip
+            order[start + i] = order[start + 2 * i + kept]
+
+
+@njit(fastmath=_FAST, cache=True)
+def _centre(keys):
+    """Subtract the mean key: softmax does not see it, the exponential kernel's range does."""
+    length, size = keys.shape
+    for c in range(size):
+        mean = np.float32(0.0)
+        for j in range(length):
+            mean += keys[j, c]
+        mean /= np.float32(length)
+        for j in range(length):
+            keys[j, c] -= mean
+
+
+@njit(fastmath=_FAST, cache=True)
+def _dots(points, block, rows, out):
+    """out[r, j] = <x_(block + r), x_j> for j >= block, points [S, d]."""
+    length, size = points.shape
+    # Past the last row of an incomplete block the last row repeats; its results are not read.
+    p0, p1 = points[block], points[block + 1]
+    p2, p3 = points[block + min(2, rows - 1)], points[block + rows - 1]
+    for j in range(block, length):
+        point = points[j]
+        s0 = s1 = s2 = s3 = np.float32(0.0)
+        for c in range(size):
+            s0 += p0[c] * point[c]
+            s1 += p1[c] * point[c]
+            s2 += p2[c] * point[c]
+            s3 += p3[c] * point[c]
+        out[0, j], out[1, j], out[2, j], out[3, j] = s0, s1, s2, s3
+
+
+@njit(cache=True)
+def compact_head(
+    source, target, rows, log_weight, order, ops, event_key, sinks, heavy, window,
+    incoming_start, incoming, scale, kind,
+):  # fmt: skip
+    """Run one event: source [slots, 2 d] -> target, the slots that stay in `order`; -> live slots."""
+    live = log_weight.shape[0]
+    for j in range(live):
+        order[j] = j
+    if heavy > 0:
+        mass = np.empty(live, np.float32)
+        attention_mass(rows, source, log_weight, scale, mass)
+        keep_heavy(order, mass, sinks, heavy, incoming_start, incoming)
+    for index in range(ops.shape[0]):
+        start, length = ops[index, 1], ops[index, 2]
+        if ops[index, 0] == _DRAW:
+            order[start] = order[start + _drawn(length, ops[index, 4], event_key, index)]
+            kept = 1
+        else:
+            halve(source, order, start, length, kind, event_key, index)
+            kept = length // 2
+        for j in range(start + length, live):
+            order[j - length + kept] = order[j]
+        live -= length - kept
+    for j in range(live):
+        target[j] = source[order[j]]
+    return live
+
+
+@njit(cache=True)
+def _drawn(length, seen, event_key, op):
+    """`reference.cache.draw`."""
+    total = length + (seen - 1 if seen > 0 else 0)
+    draw = np.float64(random_bits(event_key, op, _DRAWN, 0) >> np.uint64(8)) * 2.0**-24
+    ticket = np.int64(np.floor(draw * total))
+    return max(0, ticket - seen + 1) if seen > 0 else ticket
+
+
+@njit(cache=True)
+def _event_key(seed, layer, kv_head, position):
+    state = mix(np.uint64(0), seed & np.int64(0xFFFFFFFF))
+    state = mix(state, (seed >> np.int64(32)) & np.int64(0xFFFFFFFF))
+    state = mix(state, layer)
+    state = mix(state, kv_head)
+    state = mix(state, position & np.int64(0xFFFFFFFF))
+    return mix(state, position >> np.int64(32))
+
+
+@cfunc(team.SIGNATURE, cache=True)
+def _compact(pointer):
+    words = carray(pointer, 24, np.int64)
+    (heads, capacity, size, live, op_count, seed, layer, first_head, position, sinks, heavy, window,
+     incoming_start, incoming, kind) = (
+        words[2], words[3], words[4], words[5], words[6], words[7], words[8], words[9], words[10],
+        words[11], words[12], words[13], words[14], words[15], words[16],
+    )  # fmt: skip
+    source = carray(as_pointer(words[17]), (heads, capacity, 2 * size), np.float32)
+    target = carray(as_pointer(words[18]), (heads, capacity, 2 * size), np.float32)
+    rows = carray(as_pointer(words[19]), (heads, RING_ROWS, size), np.float32)
+    log_weight = carray(as_pointer(words[20]), live, np.float32)
+    order = carray(as_pointer(words[21]), (heads, live), np.int64)
+    ops = carray(as_pointer(words[22]), (op_count, 5), np.int64)
+    scale = carray(as_pointer(words[23]), 1, np.float32)[0]
+    while True:
+        head = team.claim(pointer)
+        if head >= words[team.TASKS]:
+            return
+        key = _event_key(seed, layer, first_head + head, position)
+        compact_head(
+            source[head], target[head], rows[head], log_weight, order[head], ops, key,
+            sinks, heavy, window, incoming_start, incoming, scale, kind,
+        )  # fmt: skip
+
+
+def compact(
+    source, target, rows, log_weight, event_plan, *, seed, layer, first_head, scale, kernel
+):
+    """Run one event for every KV head of a layer.
+
+    source, target: fp32 [KV heads, slots, 2 d], contiguous; the event's live slots are read from
+    `source` and what stays is written to `target`.  rows: fp32 [KV heads, RING_ROWS, d], the query
+    rows of the positions before the event.  log_weight: fp32 [live before].  event_plan: (event,
+    shape, ops int64 [n, 5]).  Returns the kept slots, int64 [KV heads, live before] (the first
+    live_after of each row are valid).
+    """
+    event, shape, ops = event_plan
+    heads, capacity, width = source.shape
+    order = np.empty((heads, event.live_before), np.int64)
+    scale = np.array([scale], np.float32)
+    team.run(
+        _compact, heads,
+        [
+            heads, capacity, width // 2, event.live_before, len(ops), seed, layer, first_head,
+            event.position, shape.sinks, shape.heavy, shape.window, event.incoming_start,
+            event.incoming, KERNELS[kernel], source.ctypes.data, target.ctypes.data,
+            rows.ctypes.data, log_weight.ctypes.data, order.ctypes.data, ops.ctypes.data,
+            scale.ctypes.data,
+        ],
+    )  # fmt: skip
+    return order

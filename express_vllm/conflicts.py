@@ -1,0 +1,126 @@
+"""What does not work together with express: one table, refused at start-up, printed by doctor.
+
+docs/conflicts.md is generated from `CONFLICTS` and from the layer checks of the backend.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class ConflictError(ValueError):
+    """The configuration cannot run with `--attention-backend express`."""
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A feature, how to see that it is on, why it is refused and what to change."""
+
+    feature: str
+    active: Callable[[Any], bool]
+    reason: str
+    remedy: str
+
+
+def _explicit_prefix_caching(config: Any) -> bool:
+    # vLLM turns prefix caching on by default and keeps no trace of who asked for it.
+    return "--enable-prefix-caching" in sys.argv
+
+
+def _quantized_cache(config: Any) -> bool:
+    return config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32")
+
+
+def _parallel(name: str) -> Callable[[Any], bool]:
+    return lambda config: getattr(config.parallel_config, name, 1) > 1
+
+
+def _model(name: str) -> Callable[[Any], bool]:
+    return lambda config: bool(getattr(config.model_config, name, False))
+
+
+CONFLICTS = (
+    Conflict(
+        "prefix caching", _explicit_prefix_caching,
+        "a thinned cache depends on the whole sequence, its blocks cannot be shared",
+        "drop --enable-prefix-caching (it is off by default with express)",
+    ),
+    Conflict(
+        "quantized KV cache", _quantized_cache,
+        "halving and the kernels read 16- or 32-bit keys and values",
+        "drop --kv-cache-dtype or set it to auto",
+    ),
+    Conflict(
+        "KV connectors", lambda c: c.kv_transfer_config is not None,
+        "connectors move blocks by token position, a thinned cache has no such positions",
+        "drop --kv-transfer-config",
+    ),
+    Conflict(
+        "KV offloading", lambda c: bool(getattr(c.cache_config, "kv_offloading_size", None)),
+        "offloading moves blocks by token position",
+        "drop --kv-offloading-size",
+    ),
+    Conflict(
+        "speculative decoding", lambda c: c.speculative_config is not None,
+        "rejected draft tokens cannot be taken out of a compacted cache",
+        "drop --speculative-config",
+    ),
+    Conflict(
+        "decode context parallelism", _parallel("decode_context_parallel_size"),
+        "it spreads one sequence's tokens over ranks, a coreset is kept per sequence",
+        "drop --decode-context-parallel-size",
+    ),
+    Conflict(
+        "prefill context parallelism", _parallel("prefill_context_parallel_size"),
+        "it spreads one sequence's tokens over ranks, a coreset is kept per sequence",
+        "drop --prefill-context-parallel-size",
+    ),
+    Conflict(
+        "MLA models", _model("use_mla"),
+        "MLA caches one latent vector per token, the coreset is built for keys and values",
+        "serve this model with another backend",
+    ),
+    Conflict(
+        "encoder-decoder models", _model("is_encoder_decoder"),
+        "cross attention reads a fixed encoder cache",
+        "serve this model with another backend",
+    ),
+    Conflict(
+        "attention-free and hybrid state models",
+        lambda c: bool(getattr(c.model_config, "is_hybrid", False))
+        or bool(getattr(c.model_config, "is_attention_free", False)),
+        "their state is already bounded and shares the block pool in ways not built yet",
+        "serve this model with another backend",
+    ),
+    Conflict(
+        "pooling models", lambda c: getattr(c.model_config, "runner_type", "") == "pooling",
+        "they do not decode",
+        "serve this model with another backend",
+    ),
+    Conflict(
+        "KV events", lambda c: bool(getattr(c.kv_events_config, "enable_kv_cache_events", False)),
+        "block events describe prefix-cacheable blocks, express has none",
+        "drop --kv-events-config",
+    ),
+)  # fmt: skip
+
+
+def find_conflicts(vllm_config: VllmConfig) -> list[Conflict]:
+    if vllm_config.model_config is None:
+        return []
+    return [conflict for conflict in CONFLICTS if conflict.active(vllm_config)]
+
+
+def refuse_conflicts(vllm_config: VllmConfig) -> None:
+    """Raise ConflictError naming every conflict, its reason and the flag to change."""
+    found = find_conflicts(vllm_config)
+    if not found:
+        return
+    lines = [f"  - {c.feature}: {c.reason}. {c.remedy}." for c in found]
+    raise ConflictError("--attention-backend express cannot run with:\n" + "\n".join(lines))

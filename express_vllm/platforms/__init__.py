@@ -1,0 +1,1 @@
+"""vLLM platforms: which classes run when `--attention-backend express` is given."""

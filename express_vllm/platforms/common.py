@@ -1,0 +1,96 @@
+"""What every express platform does; unchanged vLLM behaviour when express is not chosen."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from ..budget import BudgetError, ServerConfig, resolve
+from ..conflicts import refuse_conflicts
+from ..plugin import BACKEND_NAME, BACKEND_PATH
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.express")
+
+
+def chosen(vllm_config: VllmConfig) -> bool:
+    """Whether the user gave `--attention-backend express`."""
+    backend = vllm_config.attention_config.backend
+    return backend is not None and backend.name == BACKEND_NAME
+
+
+def server_config(vllm_config: VllmConfig) -> ServerConfig:
+    """The parsed `--additional-config '{"express": ...}'`."""
+    extra = vllm_config.additional_config
+    raw = extra.get("express", {}) if isinstance(extra, dict) else {}
+    return ServerConfig.parse(raw)
+
+
+class ExpressPlatformMixin:
+    """Overrides shared by the platforms; comes before the vLLM platform in the bases."""
+
+    express_config: ServerConfig | None = None
+    express_max_model_len: int = 0
+    express_worker: str
+    express_scheduler: str
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if selected_backend is None or selected_backend.name != BACKEND_NAME:
+            return super().get_attn_backend_cls(  # type: ignore[misc]
+                selected_backend, attn_selector_config, num_heads
+            )
+        from express_vllm.backend.attention import ExpressBackend
+
+        ExpressBackend.check_layer(attn_selector_config)
+        return BACKEND_PATH
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        if not chosen(vllm_config):
+            super().check_and_update_config(vllm_config)  # type: ignore[misc]
+            return
+        config = server_config(vllm_config)
+        refuse_conflicts(vllm_config)
+        if vllm_config.cache_config.enable_prefix_caching:
+            # On by default in vLLM; an explicit --enable-prefix-caching is refused above.
+            vllm_config.cache_config.enable_prefix_caching = False
+        vllm_config.scheduler_config.scheduler_cls = cls.express_scheduler
+        if vllm_config.parallel_config.worker_cls == "auto":
+            vllm_config.parallel_config.worker_cls = cls.express_worker
+        super().check_and_update_config(vllm_config)  # type: ignore[misc]
+        if vllm_config.model_config is not None:
+            cls.express_max_model_len = vllm_config.model_config.max_model_len
+        cls.express_config = config
+        logger.info("express: %s", config)
+
+    @classmethod
+    def register_custom_kv_cache_specs(cls, vllm_config: VllmConfig) -> None:
+        super().register_custom_kv_cache_specs(vllm_config)  # type: ignore[misc]
+        from express_vllm.scheduler import register_spec
+
+        register_spec()
+
+    @classmethod
+    def validate_request(cls, processed_inputs: Any, params: Any) -> None:
+        """Refuse a bad budget before it reaches the engine (HTTP 400)."""
+        super().validate_request(processed_inputs, params)  # type: ignore[misc]
+        if cls.express_config is None:
+            return
+        from vllm.exceptions import VLLMValidationError
+
+        tokens = processed_inputs.get("prompt_token_ids")
+        try:
+            resolve(
+                getattr(params, "extra_args", None), cls.express_config,
+                prompt_tokens=len(tokens or ()), max_tokens=getattr(params, "max_tokens", None),
+                max_model_len=cls.express_max_model_len,
+            )  # fmt: skip
+        except BudgetError as error:
+            raise VLLMValidationError(
+                str(error), parameter=error.field, value=error.value
+            ) from error

@@ -1,0 +1,1 @@
+"""The oracle: halving, streaming cache and weighted attention in plain torch, slow and obvious."""
