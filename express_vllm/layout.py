@@ -91,6 +91,11 @@ class Shape:
         return self.slots - self.ring
 
     @property
+    def kernel(self) -> str:
+        """The halving kernel of the schedule (reference.halving.kernel_matrix)."""
+        return "exponential" if self.schedule == "paper" else "gaussian"
+
+    @property
     def coreset_start(self) -> int:
         return self.sinks + self.heavy
 
@@ -112,8 +117,8 @@ def make_shape(
 ) -> Shape:
     """Divide `slots` among sinks, heavy hitters, coreset, window, interval and ring.
 
-    `None` picks the default: a quarter for the window, a quarter (an eighth below 256 slots and from
-    1,024 on) for heavy hitters, an eighth, as a power of two, for the interval.  Raises ValueError if no room is left for a coreset.
+    `None` picks the default: a quarter for the window, an eighth for heavy hitters and, as a power of
+    two, for the interval.  Raises ValueError if no room is left for a coreset.
     """
     if slots < MIN_SLOTS:
         raise ValueError(f"a cache needs at least {MIN_SLOTS} slots, got {slots}")
@@ -123,10 +128,10 @@ def make_shape(
         raise ValueError(f"profile {profile!r} is not one of {', '.join(PROFILES)}")
     if schedule == "paper":
         return _paper_shape(slots, sinks, window, interval)
-    heavy = (slots // 4 if 256 <= slots < 1024 else slots // 8) if heavy is None else heavy
+    heavy = slots // 8 if heavy is None else heavy
     window = slots // 4 if window is None else window
     interval = _power_of_two_below(slots // 8, RING_ROWS, 512) if interval is None else interval
-    group = _power_of_two_below(slots // 16, 8, 128) if group is None else group
+    group = _power_of_two_below(slots // 8, 16, 64) if group is None else group
     if window < RING_ROWS:
         raise ValueError(f"window must be at least {RING_ROWS} tokens, got {window}")
     if interval < RING_ROWS:

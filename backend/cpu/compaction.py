@@ -17,8 +17,8 @@ from . import team
 from .scalar import as_pointer, fast_exp, mix, random_bits
 
 _FAST = {"reassoc", "nsz", "arcp", "contract"}
-_GAUSSIAN, _EXPONENTIAL = 0, 1
-KERNELS = {"gaussian": _GAUSSIAN, "exponential": _EXPONENTIAL}
+_GAUSSIAN, _EXPONENTIAL, _UNIFORM = 0, 1, 2
+KERNELS = {"gaussian": _GAUSSIAN, "exponential": _EXPONENTIAL, "uniform": _UNIFORM}
 _DRAW = DRAW
 _SIGN, _COMPLEMENT, _DRAWN = STREAM_SIGN, STREAM_COMPLEMENT, STREAM_DRAW
 #: log(2 / delta) of the published threshold, delta = 1/2 (reference.halving.DELTA).
@@ -106,6 +106,11 @@ def halve(slots, order, start, length, kind, event_key, op):
     Pairs are taken four rows (two pairs) at a time; only the upper triangle of the kernel is
     computed and nothing of size length^2 is stored.
     """
+    if kind == _UNIFORM:
+        for i in range(length // 2):
+            coin = np.int64(random_bits(event_key, op, _SIGN, i) & np.uint64(1))
+            order[start + i] = order[start + 2 * i + coin]
+        return
     size = slots.shape[1] // 2
     keys = np.empty((length, size), np.float32)
     values = np.empty((length, size), np.float32)

@@ -17,7 +17,9 @@ from .scalar import BFLOAT16, FLOAT16, FLOAT32, as_pointer, fast_exp, widen
 
 SPLIT = 256
 _FAST = {"reassoc", "nsz", "arcp", "contract"}
-_WORDS = 40
+_WORDS = 32
+#: Query heads of a KV head that share one pass over its keys and values.
+_HEADS = 4
 
 
 @dataclass
@@ -36,6 +38,14 @@ class DecodeBatch:
     offsets: np.ndarray
     tasks: np.ndarray
     firsts: np.ndarray
+
+    def __post_init__(self) -> None:
+        first, count = int(self.tokens[0]), len(self.tokens)
+        adjacent = int(self.tokens[-1]) == first + count - 1
+        #: Index of the requests' rows in the batch: a slice, unless other requests lie between.
+        self.rows = slice(first, first + count) if adjacent else torch.from_numpy(self.tokens)
+        arrays = (self.tokens, self.live, self.blocks, self.bias, self.offsets, self.tasks)
+        self.addresses = [array.ctypes.data for array in arrays]
 
     @classmethod
     def make(
@@ -60,48 +70,75 @@ def _split_kernel(kind: int, raw: type):
     """The compiled split kernel for one storage type."""
 
     @njit(fastmath=_FAST, cache=True)
-    def attend(cache, bases, queries, bias, biased, scale, size, accumulator, scores, tile):
-        """Softmax numerator of slots at `bases` into accumulator [G, d + 2] (…, max, sum)."""
-        group, count = queries.shape[0], bases.shape[0]
-        row = tile[0]
-        for i in range(count):
-            base = bases[i]
-            for c in range(size):
-                row[c] = widen(cache[base + c], kind)
+    def score(cache, bases, queries, bias, biased, scale, size, scores):
+        """scores[g, i] = scale <q_g, k_i> + log w_i for four query rows, each key read once."""
+        q0, q1, q2, q3 = queries[0], queries[1], queries[2], queries[3]
+        for i in range(bases.shape[0]):
+            # A slice, since an index of unknown sign would keep the loop from being vectorised.
+            row = cache[bases[i] : bases[i] + size]
             extra = bias[i] if biased else np.float32(0.0)
-            for g in range(group):
-                query = queries[g]
-                dot = np.float32(0.0)
-                for c in range(size):
-                    dot += query[c] * row[c]
-                scores[g, i] = dot * scale + extra
-        for g in range(group):
-            peak = np.float32(-3.0e38)
-            for i in range(count):
-                peak = max(peak, scores[g, i])
-            total = np.float32(0.0)
-            for i in range(count):
-                scores[g, i] = fast_exp(scores[g, i] - peak)
-                total += scores[g, i]
-            accumulator[g, size] = peak
-            accumulator[g, size + 1] = total
+            s0 = s1 = s2 = s3 = np.float32(0.0)
             for c in range(size):
-                accumulator[g, c] = np.float32(0.0)
+                x = widen(row[c], kind)
+                s0 += q0[c] * x
+                s1 += q1[c] * x
+                s2 += q2[c] * x
+                s3 += q3[c] * x
+            scores[0, i], scores[1, i] = s0 * scale + extra, s1 * scale + extra
+            scores[2, i], scores[3, i] = s2 * scale + extra, s3 * scale + extra
+
+    @njit(fastmath=_FAST, cache=True)
+    def accumulate(cache, bases, scores, size, sums):
+        """sums[g] += sum_i scores[g, i] v_i for four query rows, four values at a time."""
+        count = bases.shape[0]
+        l0, l1, l2, l3 = sums[0], sums[1], sums[2], sums[3]
         for start in range(0, count, 4):
-            rows = min(4, count - start)
-            for t in range(4):
-                base = bases[start + min(t, rows - 1)] + size
-                for c in range(size):
-                    tile[t, c] = widen(cache[base + c], kind)
-            v0, v1, v2, v3 = tile[0], tile[1], tile[2], tile[3]
-            for g in range(group):
-                p0 = scores[g, start]
-                p1 = scores[g, start + 1] if rows > 1 else np.float32(0.0)
-                p2 = scores[g, start + 2] if rows > 2 else np.float32(0.0)
-                p3 = scores[g, start + 3] if rows > 3 else np.float32(0.0)
-                line = accumulator[g]
-                for c in range(size):
-                    line[c] += (p0 * v0[c] + p1 * v1[c]) + (p2 * v2[c] + p3 * v3[c])
+            b0, b1 = bases[start] + size, bases[min(start + 1, count - 1)] + size
+            b2, b3 = (
+                bases[min(start + 2, count - 1)] + size,
+                bases[min(start + 3, count - 1)] + size,
+            )
+            v0, v1 = cache[b0 : b0 + size], cache[b1 : b1 + size]
+            v2, v3 = cache[b2 : b2 + size], cache[b3 : b3 + size]
+            p = scores[:, start : start + 4]  # past the end the scores are 0
+            p00, p01, p02, p03 = p[0, 0], p[0, 1], p[0, 2], p[0, 3]
+            p10, p11, p12, p13 = p[1, 0], p[1, 1], p[1, 2], p[1, 3]
+            p20, p21, p22, p23 = p[2, 0], p[2, 1], p[2, 2], p[2, 3]
+            p30, p31, p32, p33 = p[3, 0], p[3, 1], p[3, 2], p[3, 3]
+            for c in range(size):
+                x0, x1 = widen(v0[c], kind), widen(v1[c], kind)
+                x2, x3 = widen(v2[c], kind), widen(v3[c], kind)
+                l0[c] += (p00 * x0 + p01 * x1) + (p02 * x2 + p03 * x3)
+                l1[c] += (p10 * x0 + p11 * x1) + (p12 * x2 + p13 * x3)
+                l2[c] += (p20 * x0 + p21 * x1) + (p22 * x2 + p23 * x3)
+                l3[c] += (p30 * x0 + p31 * x1) + (p32 * x2 + p33 * x3)
+
+    @njit(fastmath=_FAST, cache=True)
+    def attend(cache, bases, queries, bias, biased, scale, size, out, scores, padded, sums):
+        """One split: softmax numerator, peak and total of queries [G, d] into out [G, d + 2]."""
+        group, count = queries.shape[0], bases.shape[0]
+        for first in range(0, group, _HEADS):
+            heads = min(_HEADS, group - first)
+            for g in range(_HEADS):
+                padded[g] = queries[first + min(g, heads - 1)]
+            score(cache, bases, padded, bias, biased, scale, size, scores)
+            for g in range(_HEADS):
+                peak = np.float32(-3.0e38)
+                for i in range(count):
+                    peak = max(peak, scores[g, i])
+                total = np.float32(0.0)
+                for i in range(count):
+                    scores[g, i] = fast_exp(scores[g, i] - peak)
+                    total += scores[g, i]
+                for i in range(count, count + 3):
+                    scores[g, i] = np.float32(0.0)
+                if g < heads:
+                    out[first + g, size] = peak
+                    out[first + g, size + 1] = total
+            sums[:] = np.float32(0.0)
+            accumulate(cache, bases, scores, size, sums)
+            for g in range(heads):
+                out[first + g, :size] = sums[g]
 
     @cfunc(team.SIGNATURE, cache=True)
     def kernel(pointer):
@@ -128,8 +165,9 @@ def _split_kernel(kind: int, raw: type):
         partial = carray(as_pointer(words[30]), (task_count, heads, group, size + 2), np.float32)
         scale = carray(as_pointer(words[31]), 1, np.float32)[0]
         bases = np.empty(SPLIT, np.int64)
-        scores = np.empty((group, SPLIT), np.float32)
-        tile = np.empty((4, size), np.float32)
+        scores = np.empty((_HEADS, SPLIT + 3), np.float32)
+        padded = np.empty((_HEADS, size), np.float32)
+        sums = np.empty((_HEADS, size), np.float32)
         while True:
             task = team.claim(pointer)
             if task >= words[team.TASKS]:
@@ -152,7 +190,7 @@ def _split_kernel(kind: int, raw: type):
             slice_ = bias[start + first : start + first + count] if biased else bias[:0]
             attend(
                 cache, bases[:count], queries[request, head], slice_, biased, scale, size,
-                partial[item, head], scores, tile,
+                partial[item, head], scores, padded, sums,
             )  # fmt: skip
 
     return kernel
@@ -206,20 +244,20 @@ def decode_attention(
     requests, heads, group, size = queries.shape
     items = len(batch.tasks)
     partial = np.empty((items, heads, group, size + 2), np.float32)
+    blocks, _, block_size, _ = kv_cache.shape
+    stride_block, stride_head, stride_slot, _ = kv_cache.stride()
+    key_token, key_head, _ = keys.stride()
+    value_token, value_head, _ = values.stride()
     factor = np.array([scale], np.float32)
-    length = 1 + sum((n - 1) * s for n, s in zip(kv_cache.shape, kv_cache.stride(), strict=True))
-    span = keys.shape[0]
+    tokens = keys.shape[0]
     team.run(
         _KERNELS[kv_cache.dtype], items * heads,
         [
-            heads, group, size, kv_cache.shape[2], requests, batch.blocks.shape[1], items,
-            len(batch.bias), kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2), length,
-            keys.stride(0), keys.stride(1), span * keys.stride(0), values.stride(0),
-            values.stride(1), span * values.stride(0), kv_cache.data_ptr(), keys.data_ptr(),
-            values.data_ptr(), queries.data_ptr(), batch.tokens.ctypes.data,
-            batch.live.ctypes.data, batch.blocks.ctypes.data, batch.bias.ctypes.data,
-            batch.offsets.ctypes.data, batch.tasks.ctypes.data, partial.ctypes.data,
-            factor.ctypes.data, *[0] * (_WORDS - 32),
+            heads, group, size, block_size, requests, batch.blocks.shape[1], items,
+            len(batch.bias), stride_block, stride_head, stride_slot, blocks * stride_block,
+            key_token, key_head, tokens * key_token, value_token, value_head, tokens * value_token,
+            kv_cache.data_ptr(), keys.data_ptr(), values.data_ptr(), queries.data_ptr(),
+            *batch.addresses, partial.ctypes.data, factor.ctypes.data,
         ],
     )  # fmt: skip
     out = np.empty(tuple(queries.shape), np.float32)

@@ -22,7 +22,14 @@ class CpuPath:
     """Runs a step's plan for one layer.  All arithmetic is fp32."""
 
     def __init__(
-        self, layer: int, first_kv_head: int, kv_heads: int, group: int, size: int, scale: float
+        self,
+        layer: int,
+        first_kv_head: int,
+        kv_heads: int,
+        group: int,
+        size: int,
+        scale: float,
+        kernel: str | None = None,
     ) -> None:
         self.layer = layer
         self.first_kv_head = first_kv_head
@@ -30,6 +37,7 @@ class CpuPath:
         self.group = group
         self.size = size
         self.scale = scale
+        self.kernel = kernel
 
     def forward(
         self,
@@ -46,10 +54,9 @@ class CpuPath:
         for sequence in plan.sequences:
             self._sequence(query, key, value, kv_cache, sequence, output)
         if plan.decode is not None:
-            tokens = torch.from_numpy(plan.decode.tokens)
-            rows = query[tokens].float()
+            rows = query[plan.decode.rows].float().contiguous()
             result = decode_attention(rows, key, value, kv_cache, plan.decode, self.scale)
-            output[tokens] = result.to(output.dtype)
+            output[plan.decode.rows] = result.to(output.dtype)
         if plan.ring.tokens:
             self._write_ring(query, kv_cache, plan)
 
@@ -112,7 +119,7 @@ class CpuPath:
             state.numpy(), target.numpy(), rows, bias,
             (event, layout.shape, np.array(event.ops, np.int64).reshape(-1, 5)),
             seed=plan.seed, layer=self.layer, first_head=self.first_kv_head, scale=self.scale,
-            kernel="exponential" if layout.shape.schedule == "paper" else "gaussian",
+            kernel=self.kernel or layout.shape.kernel,
         )  # fmt: skip
 
     def _query_rows(self, queries: Tensor, kv_cache: Tensor, plan: SequencePlan) -> Tensor:

@@ -37,11 +37,23 @@ def as_pointer(typingctx, address):
     return None
 
 
+@intrinsic
+def _from_bfloat16(typingctx, word):
+    """16 bits as fp32.  In LLVM's own types: numba would widen the shift to 64 bits, which costs
+    the vectoriser a factor of five."""
+
+    def codegen(context, builder, signature, args):
+        wide = builder.zext(args[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return types.float32(types.uint16), codegen
+
+
 @njit(inline="always")
 def widen(word, kind):
     """One stored element (its raw bits) as fp32."""
     if kind == BFLOAT16:
-        return as_float(np.uint32(np.uint32(word) << np.uint32(16)))
+        return _from_bfloat16(np.uint16(word))
     if kind == FLOAT16:
         magnitude = np.uint32((np.uint32(word) & np.uint32(0x7FFF)) << np.uint32(13))
         sign = np.uint32((np.uint32(word) & np.uint32(0x8000)) << np.uint32(16))

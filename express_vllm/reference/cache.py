@@ -32,16 +32,18 @@ class ExpressCache:
         scale: float | None = None,
         dtype: torch.dtype = torch.float64,
         kernel: str | None = None,
+        row_dtype: torch.dtype | None = None,
     ) -> None:
         self.layout = layout
         self.shape = layout.shape
-        self.kernel = kernel or ("exponential" if self.shape.schedule == "paper" else "gaussian")
+        self.kernel = kernel or self.shape.kernel
         self.scale = head_size**-0.5 if scale is None else scale
         self.identity = (seed, layer, kv_head)
         self.keys = torch.zeros(0, head_size, dtype=dtype)
         self.values = torch.zeros(0, head_size, dtype=dtype)
         self.positions = torch.zeros(0, dtype=torch.long)
         self.rows = torch.zeros(0, head_size, dtype=dtype)
+        self.row_dtype = row_dtype or dtype  # a paged cache stores the query rows rounded
         self.tokens = 0
 
     def extend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -55,7 +57,8 @@ class ExpressCache:
         self.keys = torch.cat([self.keys, key[None].to(self.keys)])
         self.values = torch.cat([self.values, value[None].to(self.values)])
         self.positions = torch.cat([self.positions, torch.tensor([self.tokens])])
-        self.rows = torch.cat([self.rows, query.to(self.rows).mean(0)[None]])[-RING_ROWS:]
+        row = query.to(self.rows).mean(0).to(self.row_dtype).to(self.rows)
+        self.rows = torch.cat([self.rows, row[None]])[-RING_ROWS:]
         self.tokens += 1
         logw = log_weights(self.layout.segments(self.tokens), self.keys.dtype)
         return attend(query[None].to(self.keys), self.keys, self.values, logw, self.scale)[0]

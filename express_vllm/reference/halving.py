@@ -48,12 +48,15 @@ def pair_differences(kernel: Tensor) -> Tensor:
 def halve(keys: Tensor, values: Tensor, event_key: int, op: int, *, kind: str) -> Tensor:
     """Indices [S/2] of the kept points, one of each consecutive pair, in order.
 
-    `exponential` uses the published random threshold, `gaussian` the greedy sign (threshold 0).
-    Random bits come from (`event_key`, `op`, pair index) alone.  Computes in the inputs' dtype.
+    `exponential` uses the published random threshold, `gaussian` the greedy sign (threshold 0),
+    `uniform` tosses a coin for every pair (the baseline that looks at nothing).  Random bits come from (`event_key`, `op`, pair index) alone.  Computes in the inputs' dtype.
     """
     size = keys.shape[0]
     if size % 2:
         raise ValueError(f"halving needs an even number of points, got {size}")
+    if kind == "uniform":
+        coins = [rng.bits(event_key, op, rng.STREAM_SIGN, i) & 1 for i in range(size // 2)]
+        return torch.tensor([2 * i + coin for i, coin in enumerate(coins)], dtype=torch.long)
     difference = pair_differences(kernel_matrix(keys, values, kind))
     psi = torch.zeros_like(difference[0])
     largest = 0.0

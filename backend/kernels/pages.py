@@ -1,0 +1,236 @@
+"""Small kernels between pages, a step's tensors and dense scratch: rows of queries, keys and values."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from express_vllm.layout import RING_ROWS
+
+from . import plan
+from .rows import slot_rows, source_rows
+
+ROWS = tl.constexpr(RING_ROWS)
+_REQUEST, _INSTANCE = tl.constexpr(plan.REQUEST), tl.constexpr(plan.INSTANCES)
+
+
+@triton.jit
+def group_mean(p_query, m, s_head, o_d, m_d, GROUP: tl.constexpr, DTYPE: tl.constexpr):
+    """Mean query of a KV head's group, rows p_query [N] -> [N, d], summed head by head, rounded as
+    stored."""
+    m_row = m[:, None] & m_d[None, :]
+    b_sum = tl.load(p_query[:, None] + o_d[None, :], mask=m_row, other=0.0).to(tl.float32)
+    for g in tl.static_range(1, GROUP):
+        p = p_query[:, None] + g * s_head + o_d[None, :]
+        b_sum += tl.load(p, mask=m_row, other=0.0).to(tl.float32)
+    return (b_sum / GROUP).to(DTYPE)
+
+
+@triton.jit
+def query_rows_kernel(
+    query, pages, layer_offsets, table, requests, instances,
+    rows,  # out [L, I, H, ROWS, D]
+    s_query, s_query_head, s_page, s_head, s_slot, s_table, heads, count,
+    D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HAS_NEW: tl.constexpr,
+):  # fmt: skip
+    """The query rows of an event: from the ring those before the step, from the step the others."""
+    i_instance, i_head, i_layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    instance = instances + i_instance * _INSTANCE
+    request = requests + tl.load(instance) * _REQUEST
+    kept = tl.load(instance + 2)
+    o_r, o_d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
+    m_d = o_d < D
+    m_ring = o_r < kept
+    p_table = table + tl.load(request + 7) * s_table
+    p_slots = tl.multiple_of(pages + tl.load(layer_offsets + i_layer) + i_head * s_head, 16)
+    ring = tl.load(request + 13).to(tl.int32)
+    i_slot = tl.where(m_ring, ring + o_r // 2, 0)
+    p_ring = slot_rows(i_slot, p_slots, p_table, s_page, s_slot, BLOCK_SIZE) + (o_r % 2) * D
+    b_row = tl.load(p_ring[:, None] + o_d[None, :], mask=m_ring[:, None] & m_d[None, :], other=0.0)
+    if HAS_NEW:
+        i_token = (tl.load(instance + 3) + o_r).to(tl.int64)
+        p_query = query + i_token * s_query + i_head * GROUP * s_query_head
+        b_mean = group_mean(p_query, o_r >= kept, s_query_head, o_d, m_d, GROUP, b_row.dtype)
+        b_row = tl.where(m_ring[:, None], b_row, b_mean)
+    i_row = ((i_layer * count + i_instance).to(tl.int64) * heads + i_head) * ROWS
+    tl.store(rows + (i_row + o_r[:, None]) * D + o_d[None, :], b_row, mask=m_d[None, :])
+
+
+@triton.jit
+def keep_rows_kernel(
+    query, pages, table, requests,
+    s_query, s_query_head, s_page, s_head, s_slot, s_table,
+    D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Store in the ring the step's query rows that the event after the step will need."""
+    i_request, i_head = tl.program_id(0), tl.program_id(1)
+    request = requests + i_request * _REQUEST
+    ring = tl.load(request + 13).to(tl.int32)
+    start = tl.load(request + 2) - tl.load(request + 3)
+    o_r, o_d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
+    m_d = o_d < D
+    position = tl.load(request + 14) + o_r
+    m = (position >= start) & (position < tl.where(ring >= 0, tl.load(request + 12), 0))
+    p_query = query + (tl.load(request + 4) + position - start) * s_query
+    b_row = group_mean(
+        p_query + i_head * GROUP * s_query_head, m, s_query_head, o_d, m_d, GROUP,
+        pages.dtype.element_ty,
+    )  # fmt: skip
+    p_table = table + tl.load(request + 7) * s_table
+    i_slot = tl.where(m, ring + o_r // 2, 0)
+    p_row = slot_rows(i_slot, pages + i_head * s_head, p_table, s_page, s_slot, BLOCK_SIZE)
+    p_row += (o_r % 2) * D
+    tl.store(p_row[:, None] + o_d[None, :], b_row, mask=m[:, None] & m_d[None, :])
+
+
+@triton.jit
+def gather_kernel(
+    pages, table, requests,
+    dense,  # out [R, H, slots, 2 D]
+    s_page, s_head, s_slot, s_table, heads, slots,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Copy a request's live slots out of its pages."""
+    i_request, i_head, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK
+    request = requests + i_request * _REQUEST
+    i_slot = first + tl.arange(0, BLOCK)
+    m_slot = i_slot < tl.load(request + 2)
+    p_table = table + tl.load(request + 7) * s_table
+    p_row = slot_rows(
+        tl.where(m_slot, i_slot, 0), pages + i_head * s_head, p_table, s_page, s_slot, BLOCK_SIZE
+    )
+    o_d = tl.arange(0, 2 * D_PAD)
+    m = m_slot[:, None] & (o_d < 2 * D)[None, :]
+    i_row = (i_request * heads + i_head).to(tl.int64) * slots + i_slot
+    b_row = tl.load(p_row[:, None] + o_d[None, :], mask=m)
+    tl.store(dense + i_row[:, None] * (2 * D) + o_d[None, :], b_row, mask=m)
+
+
+@triton.jit
+def scatter_kernel(
+    pages, dense, key, value, table, requests, lists,
+    s_page, s_head, s_slot, s_table, s_dense, s_dense_head,
+    s_key, s_key_head, s_value, s_value_head, heads, width,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HAS_OLD: tl.constexpr,
+):  # fmt: skip
+    """Write a request's state after the step to its pages: slots that moved, and new tokens.
+
+    Old entries are read from their dense copy, so nothing overwritten is read.
+    """
+    i_request, i_head, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK
+    request = requests + i_request * _REQUEST
+    events, old = tl.load(request + 1), tl.load(request + 2).to(tl.int32)
+    shift, token = tl.load(request + 3), tl.load(request + 4)
+    stored, live = tl.load(request + 10).to(tl.int32), tl.load(request + 11).to(tl.int32)
+    i_slot = first + tl.arange(0, BLOCK)
+    m_slot = (i_slot < live) & (i_slot >= tl.where(events > 0, 0, old))
+    p_list = lists + ((tl.load(request + 8) + events) * heads + i_head) * width
+    i_source = tl.load(p_list + i_slot, mask=m_slot & (i_slot < stored), other=0)
+    recent = (tl.load(request + 12) - live + shift).to(tl.int32)
+    i_source = tl.where(i_slot < stored, i_source, i_slot + recent)
+    i_source = tl.where(m_slot, i_source, old)
+    p_slots = dense + i_request.to(tl.int64) * s_dense + i_head * s_dense_head
+    p_k, p_v = source_rows(
+        i_source, old, p_slots, table, s_dense, 2 * D, key + token * s_key + i_head * s_key_head,
+        value + token * s_value + i_head * s_value_head, s_key, s_value, D, 0, HAS_OLD, True,
+    )  # fmt: skip
+    o_d = tl.arange(0, D_PAD)
+    m = m_slot[:, None] & (o_d < D)[None, :]
+    b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m)
+    b_v = tl.load(p_v[:, None] + o_d[None, :], mask=m)
+    p_table = table + tl.load(request + 7) * s_table
+    p_row = slot_rows(
+        tl.where(m_slot, i_slot, 0), pages + i_head * s_head, p_table, s_page, s_slot, BLOCK_SIZE
+    )
+    tl.store(p_row[:, None] + o_d[None, :], b_k, mask=m)
+    tl.store(p_row[:, None] + D + o_d[None, :], b_v, mask=m)
+
+
+@triton.jit
+def move_kernel(
+    pages, layer_offsets, table, requests, lists,
+    spare,  # [programs, slots, COLUMNS]
+    s_page, s_head, s_slot, s_table, units, request_count, heads, list_rows, width, slots,
+    columns: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Rewrite pages in place as an event without new tokens left them, COLUMNS of a row at a time.
+
+    Entries move both ways (chosen heavy hitters down, ejected ones up), so a unit of work reads all
+    its moved rows into `spare` before it writes the first one.
+    """
+    slices = tl.cdiv(columns, COLUMNS)
+    p_spare = spare + tl.program_id(0).to(tl.int64) * slots * COLUMNS
+    o_c = tl.arange(0, COLUMNS)
+    for unit in range(tl.program_id(0), units, tl.num_programs(0)):
+        o_column = (unit % slices) * COLUMNS + o_c
+        m_column = o_column < columns
+        i_head = (unit // slices) % heads
+        request = requests + (unit // slices // heads) % request_count * _REQUEST
+        i_layer = unit // slices // heads // request_count
+        stored, live = tl.load(request + 10).to(tl.int32), tl.load(request + 11).to(tl.int32)
+        gap = tl.load(request + 2).to(tl.int32) - live
+        p_table = table + tl.load(request + 7) * s_table
+        p_slots = tl.multiple_of(pages + tl.load(layer_offsets + i_layer) + i_head * s_head, 16)
+        i_list = i_layer * list_rows + tl.load(request + 8) + tl.load(request + 1)
+        p_list = lists + (i_list * heads + i_head) * width
+        for first in range(0, live, BLOCK):
+            i_slot = first + tl.arange(0, BLOCK)
+            m_slot = i_slot < live
+            i_source = tl.load(p_list + i_slot, mask=i_slot < stored, other=0)
+            i_source = tl.where(i_slot < stored, i_source, i_slot + gap)
+            m_slot = m_slot & (i_source != i_slot)
+            p_row = slot_rows(
+                tl.where(m_slot, i_source, 0), p_slots, p_table, s_page, s_slot, BLOCK_SIZE
+            )
+            m = m_slot[:, None] & m_column[None, :]
+            b_row = tl.load(p_row[:, None] + o_column[None, :], mask=m)
+            tl.store(p_spare + i_slot[:, None] * COLUMNS + o_c[None, :], b_row, mask=m)
+        tl.debug_barrier()
+        for first in range(0, live, BLOCK):
+            i_slot = first + tl.arange(0, BLOCK)
+            i_source = tl.load(p_list + i_slot, mask=i_slot < stored, other=0)
+            i_source = tl.where(i_slot < stored, i_source, i_slot + gap)
+            m_slot = (i_slot < live) & (i_source != i_slot)
+            p_row = slot_rows(
+                tl.where(m_slot, i_slot, 0), p_slots, p_table, s_page, s_slot, BLOCK_SIZE
+            )
+            m = m_slot[:, None] & m_column[None, :]
+            b_row = tl.load(p_spare + i_slot[:, None] * COLUMNS + o_c[None, :], mask=m)
+            tl.store(p_row[:, None] + o_column[None, :], b_row, mask=m)
+        tl.debug_barrier()
+
+
+@triton.jit
+def store_token_kernel(
+    query, key, value, pages, table, live,
+    ring,  # int32 [R]: 2 * slot + half that keeps the query row; -1: none
+    s_query, s_query_head, s_key, s_key_head, s_value, s_value_head,
+    s_page, s_head, s_slot, s_table,
+    D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Decode: write each request's new key and value to its last live slot, its query row to the
+    ring.  Requests with live = 0 are padding."""
+    i_request, i_head = tl.program_id(0), tl.program_id(1)
+    i_slot = tl.load(live + i_request) - 1
+    if i_slot < 0:
+        return
+    o_d = tl.arange(0, D_PAD)
+    m_d = o_d < D
+    i_token = i_request.to(tl.int64)
+    b_k = tl.load(key + i_token * s_key + i_head * s_key_head + o_d, mask=m_d)
+    b_v = tl.load(value + i_token * s_value + i_head * s_value_head + o_d, mask=m_d)
+    p_table, p_slots = table + i_token * s_table, pages + i_head * s_head
+    p_row = slot_rows(i_slot, p_slots, p_table, s_page, s_slot, BLOCK_SIZE)
+    tl.store(p_row + o_d, b_k.to(pages.dtype.element_ty), mask=m_d)
+    tl.store(p_row + D + o_d, b_v.to(pages.dtype.element_ty), mask=m_d)
+    i_ring = tl.load(ring + i_request)
+    if i_ring >= 0:
+        p_query = query + i_token * s_query + i_head * GROUP * s_query_head
+        b_sum = tl.load(p_query + o_d, mask=m_d, other=0.0).to(tl.float32)
+        for g in tl.static_range(1, GROUP):
+            b_sum += tl.load(p_query + g * s_query_head + o_d, mask=m_d, other=0.0).to(tl.float32)
+        p_row = slot_rows(i_ring // 2, p_slots, p_table, s_page, s_slot, BLOCK_SIZE)
+        p_row += (i_ring % 2) * D
+        tl.store(p_row + o_d, (b_sum / GROUP).to(pages.dtype.element_ty), mask=m_d)
