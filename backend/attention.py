@@ -9,7 +9,7 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from express_vllm.conflicts import ConflictError
+from express_vllm.conflicts import refuse_layer
 from express_vllm.scheduler.spec import ExpressSpec
 
 if TYPE_CHECKING:
@@ -47,24 +47,14 @@ class ExpressBackend(AttentionBackend):
     @classmethod
     def check_layer(cls, selector: Any) -> None:
         """Refuse layers that express does not cover.  Raises ConflictError naming each reason."""
-        reasons = []
-        if selector.has_sliding_window:
-            reasons.append("sliding-window layers are already bounded and not mixed in yet")
-        if selector.has_sink:
-            reasons.append("the model's own attention sinks are not built")
-        if selector.use_mla or selector.use_sparse:
-            reasons.append("MLA and sparse attention layers cache no keys and values per token")
-        if selector.use_mm_prefix:
-            reasons.append("bidirectional attention over multimodal prefixes is not built")
-        if selector.attn_type != AttentionType.DECODER:
-            reasons.append(f"{selector.attn_type} attention is not causal self-attention")
-        if selector.use_per_head_quant_scales:
-            reasons.append("quantized KV caches are not built")
-        if reasons:
-            raise ConflictError(
-                "--attention-backend express cannot run this model: " + "; ".join(reasons)
-                + ". Serve it with another --attention-backend."
-            )  # fmt: skip
+        active = {
+            "sliding-window and chunked-local layers": selector.has_sliding_window,
+            "attention sinks of the model": selector.has_sink,
+            "sparse attention layers": selector.use_mla or selector.use_sparse,
+            "multimodal prefix attention": selector.use_mm_prefix,
+            "cross and encoder attention": selector.attn_type != AttentionType.DECODER,
+        }
+        refuse_layer(name for name, found in active.items() if found)
 
 
 class ExpressImpl(AttentionImpl["ExpressMetadata"]):
@@ -84,18 +74,15 @@ class ExpressImpl(AttentionImpl["ExpressMetadata"]):
         kv_sharing_target_layer_name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        refused = {
-            "alibi slopes": alibi_slopes, "sliding windows": sliding_window,
+        active = {
+            "ALiBi slopes": alibi_slopes,
+            "sliding-window and chunked-local layers": sliding_window,
             "logits soft caps": logits_soft_cap,
             "KV sharing between layers": kv_sharing_target_layer_name,
-            **{name: value for name, value in kwargs.items() if value is not None},
-        }  # fmt: skip
-        found = [name for name, value in refused.items() if value]
-        if found:
-            raise ConflictError(
-                f"--attention-backend express does not support {', '.join(found)}, which this "
-                "model uses. Serve it with another --attention-backend."
-            )
+            "attention sinks of the model": kwargs.pop("sinks", None),
+            **kwargs,
+        }
+        refuse_layer(name for name, value in active.items() if value is not None and value != 0)
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)

@@ -1,12 +1,12 @@
 """What does not work together with express: one table, refused at start-up, printed by doctor.
 
-docs/conflicts.md is generated from `CONFLICTS` and from the layer checks of the backend.
+docs/conflicts.md is `express-vllm conflicts > docs/conflicts.md`, a test keeps them equal.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ class Conflict:
 
 def _explicit_prefix_caching(config: Any) -> bool:
     # vLLM turns prefix caching on by default and keeps no trace of who asked for it.
-    return "--enable-prefix-caching" in sys.argv
+    return bool({"--enable-prefix-caching", "--enable_prefix_caching"} & set(sys.argv))
 
 
 def _quantized_cache(config: Any) -> bool:
@@ -110,6 +110,18 @@ CONFLICTS = (
     ),
 )  # fmt: skip
 
+#: What a model's attention layers may not have (checked by the backend as they are built).
+LAYER_CONFLICTS = {
+    "sliding-window and chunked-local layers": "they are already bounded and not mixed in yet",
+    "attention sinks of the model": "a learned sink logit is not in the kernels",
+    "sparse attention layers": "they cache no keys and values per token",
+    "multimodal prefix attention": "it is bidirectional over the prefix",
+    "cross and encoder attention": "it is not causal self-attention",
+    "ALiBi slopes": "they need every token's position, halving mixes them",
+    "logits soft caps": "they are not in the kernels",
+    "KV sharing between layers": "a layer's queries would score another layer's heavy hitters",
+}
+
 
 def find_conflicts(vllm_config: VllmConfig) -> list[Conflict]:
     if vllm_config.model_config is None:
@@ -124,3 +136,39 @@ def refuse_conflicts(vllm_config: VllmConfig) -> None:
         return
     lines = [f"  - {c.feature}: {c.reason}. {c.remedy}." for c in found]
     raise ConflictError("--attention-backend express cannot run with:\n" + "\n".join(lines))
+
+
+def refuse_layer(found: Iterable[str]) -> None:
+    """Raise ConflictError if a layer of the model has any of the `found` LAYER_CONFLICTS."""
+    lines = [f"  - {name}: {LAYER_CONFLICTS.get(name, 'not built')}" for name in found]
+    if lines:
+        raise ConflictError(
+            "--attention-backend express cannot run this model, which has:\n"
+            + "\n".join(lines)
+            + "\nServe it with another --attention-backend."
+        )
+
+
+def matrix() -> str:
+    """The conflict matrix as Markdown."""
+    lines = [
+        "# What does not work together with express",
+        "",
+        "Each of these stops the server at start-up with its reason; nothing falls back silently.",
+        "This page is printed by `express-vllm conflicts` from the table that does the refusing.",
+        "",
+        "| feature | why | what to do |",
+        "| --- | --- | --- |",
+        *[f"| {c.feature} | {c.reason} | {c.remedy} |" for c in CONFLICTS],
+        "",
+        "A model is refused if one of its attention layers has:",
+        "",
+        "| feature | why |",
+        "| --- | --- |",
+        *[f"| {name} | {reason} |" for name, reason in LAYER_CONFLICTS.items()],
+        "",
+        "Works, and is tested: chunked prefill, preemption, tensor parallelism, abort, streaming,",
+        "mixed budgets and exact requests in one batch, float32, bfloat16 and float16 caches.",
+        "Not tried yet: pipeline parallelism, LoRA, structured output, CUDA GPUs.",
+    ]
+    return "\n".join(lines) + "\n"

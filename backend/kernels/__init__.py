@@ -1,1 +1,1 @@
-"""Triton kernels of the GPU path; `reference.py` beside them says in plain torch what they compute."""
+"""Triton kernels of the GPU path; `reference.py` says in plain torch what they compute."""

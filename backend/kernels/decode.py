@@ -1,7 +1,7 @@
 """Weighted attention of one new token per request over its paged live slots, split along the slots.
 
-The split length is fixed, so a request's result does not depend on its batch.  Log-weights come from
-segment boundaries: the weight of a slot is a sum of steps at the boundaries before it.
+The split length is fixed, so a request's result does not depend on its batch.  Log-weights come
+from segment boundaries: the weight of a slot is a sum of steps at the boundaries before it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_SEGMENTS = 32
 
 
 def segment_steps(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
-    """First slot of each segment, int32 [MAX_SEGMENTS], and its log2 weight minus the last one's."""
+    """First slot of each segment, int32 [MAX_SEGMENTS], and the rise of log2 w there."""
     if len(segments) > MAX_SEGMENTS:
         raise ValueError(f"a layout has {len(segments)} segments, the most is {MAX_SEGMENTS}")
     starts = np.full(MAX_SEGMENTS, np.iinfo(np.int32).max, np.int32)
@@ -105,7 +105,7 @@ def combine_kernel(
     b_acc = tl.zeros([D_PAD], tl.float32)
     most = tl.full([], -1.0e30, tl.float32)
     total = tl.full([], 0.0, tl.float32)
-    for i in range(0, tl.cdiv(count, LENGTH)):
+    for i in range(tl.cdiv(count, LENGTH)):
         peak = tl.load(norm + 2 * (i_part + i))
         sums = tl.load(norm + 2 * (i_part + i) + 1)
         new = tl.maximum(most, peak)
@@ -149,7 +149,7 @@ def decode_attention(
         query, kv_cache, table, live, starts, steps, scratch.part, scratch.norm,
         query.stride(0), query.stride(1), s_page, s_head, s_slot, table.stride(0),
         scale * 1.4426950408889634, scratch.splits, group, max(16, triton.next_power_of_2(group)),
-        size, padded, block or (64 if padded <= 128 else 32), SPLIT, MAX_SEGMENTS, block_size,
+        size, padded, block or (128 if padded <= 128 else 64), SPLIT, MAX_SEGMENTS, block_size,
         num_warps=warps or 4, num_stages=3,
     )  # fmt: skip
     combine_kernel[(heads, requests)](

@@ -13,14 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from express_vllm.rng import STREAM_SIGN
-
 from .rows import mix
 
 GAUSSIAN, EXPONENTIAL = 0, 1
-#: Steps of the walk whose psi values are fetched with one round of shuffles.
-STEPS = tl.constexpr(4)
-_SIGN = tl.constexpr(STREAM_SIGN)
 
 
 @triton.jit
@@ -45,7 +40,7 @@ def kernel_tile(
 
 @triton.jit
 def load_points(p_k, p_v, m, p_mean, o_d, m_d, KIND: tl.constexpr):
-    """Keys and values [P, d] of rows p_k, p_v [P], their squared norms and products with the mean."""
+    """Keys and values [P, d] of rows p_k, p_v [P], squared norms and products with the mean."""
     m_row = m[:, None] & m_d[None, :]
     b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_row, other=0.0)
     b_v = tl.load(p_v[:, None] + o_d[None, :], mask=m_row, other=0.0)
@@ -59,99 +54,86 @@ def load_points(p_k, p_v, m, p_mean, o_d, m_d, KIND: tl.constexpr):
 
 
 @triton.jit
-def walk_step(psi, tau, tie):
-    """The sign of one pair: +1 where the random threshold exceeds psi; `tie` decides at psi = 0."""
-    return (psi < tau) | ((psi == 0.0) & (tie != 0))
-
-
-@triton.jit
-def pick(b_psi, o_lane, i):
-    """Column i of [G, P] -> [G]."""
-    return tl.sum(tl.where(o_lane[None, :] == i, b_psi, 0.0), 1)
-
-
-@triton.jit
-def walk(
+def walk_half(
     p_delta,  # fp32 [G, P, P]: pair differences
     p_tau,  # fp32 [G, P]: thresholds (exponential)
-    b_psi,  # fp32 [G, P]: psi left by earlier tiles
+    b_near,  # fp32 [G, HALF]: psi of the pairs to decide
+    b_far,  # fp32 [G, HALF]: psi of the second half's pairs, while the first is decided
     b_key,  # uint32 [G]: bits of (event, operation, stream)
-    m_group,  # [G]
     i_first,  # pair index of the tile's first pair
-    G: tl.constexpr,
-    P: tl.constexpr,
-    KIND: tl.constexpr,
-):
-    """The self-balancing walk over one tile of G groups at once -> positive signs [G, P]."""
-    o_g = tl.arange(0, G)
-    o_lane = tl.arange(0, P)
-    m_lane = m_group[:, None] & (o_lane[None, :] < P)
-    b_sign = tl.zeros([G, P], tl.int32)
-    p_group = p_delta + o_g * (P * P)
-    for i in range(0, P, STEPS):
-        # Everything that no sign of this block decides is loaded first: rows and in-block entries.
-        p_row = p_group + i * P
-        b_row0 = tl.load(p_row[:, None] + o_lane[None, :], mask=m_lane, other=0.0)
-        b_row1 = tl.load(p_row[:, None] + P + o_lane[None, :], mask=m_lane, other=0.0)
-        b_row2 = tl.load(p_row[:, None] + 2 * P + o_lane[None, :], mask=m_lane, other=0.0)
-        b_row3 = tl.load(p_row[:, None] + 3 * P + o_lane[None, :], mask=m_lane, other=0.0)
-        d01 = tl.load(p_row + i + 1, mask=m_group, other=0.0)
-        d02 = tl.load(p_row + i + 2, mask=m_group, other=0.0)
-        d03 = tl.load(p_row + i + 3, mask=m_group, other=0.0)
-        d12 = tl.load(p_row + P + i + 2, mask=m_group, other=0.0)
-        d13 = tl.load(p_row + P + i + 3, mask=m_group, other=0.0)
-        d23 = tl.load(p_row + 2 * P + i + 3, mask=m_group, other=0.0)
-        i_pair = tl.zeros([G], tl.uint32) + (i_first + i)
-        bit0 = mix(b_key, i_pair)
-        bit1 = mix(b_key, i_pair + 1)
-        bit2 = mix(b_key, i_pair + 2)
-        bit3 = mix(b_key, i_pair + 3)
-        tau0 = tl.zeros([G], tl.float32)
-        tau1 = tau0
-        tau2 = tau0
-        tau3 = tau0
-        tie0 = bit0 & 1
-        tie1 = bit1 & 1
-        tie2 = bit2 & 1
-        tie3 = bit3 & 1
-        if KIND != 0:
-            tau0 = tl.load(p_tau + o_g * P + i, mask=m_group, other=0.0)
-            tau1 = tl.load(p_tau + o_g * P + i + 1, mask=m_group, other=0.0)
-            tau2 = tl.load(p_tau + o_g * P + i + 2, mask=m_group, other=0.0)
-            tau3 = tl.load(p_tau + o_g * P + i + 3, mask=m_group, other=0.0)
-            # A positive threshold is compared as it is; only a zero one falls back to the tie bit.
-            tie0 = tl.where(tau0 > 0.0, 0, tie0)
-            tie1 = tl.where(tau1 > 0.0, 0, tie1)
-            tie2 = tl.where(tau2 > 0.0, 0, tie2)
-            tie3 = tl.where(tau3 > 0.0, 0, tie3)
-            tau0 = (2.0 * ((bit0 >> 8).to(tl.float32) * 5.9604644775390625e-08) - 1.0) * tau0
-            tau1 = (2.0 * ((bit1 >> 8).to(tl.float32) * 5.9604644775390625e-08) - 1.0) * tau1
-            tau2 = (2.0 * ((bit2 >> 8).to(tl.float32) * 5.9604644775390625e-08) - 1.0) * tau2
-            tau3 = (2.0 * ((bit3 >> 8).to(tl.float32) * 5.9604644775390625e-08) - 1.0) * tau3
-        psi0 = pick(b_psi, o_lane, i)
-        psi1 = pick(b_psi, o_lane, i + 1)
-        psi2 = pick(b_psi, o_lane, i + 2)
-        psi3 = pick(b_psi, o_lane, i + 3)
-        pos0 = walk_step(psi0, tau0, tie0)
+    G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, SECOND: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """The self-balancing walk over half a tile of G groups -> positive signs [G, HALF], b_far.
+
+    Half a tile is as wide as a warp, so that `pick` is one shuffle and every lane knows each sign.
+    Four steps share a round of shuffles: the entries of D among the four bring the later psi up to
+    date.  Rows of absent groups are read as they are and never used.
+    """
+    o_lane, o_g = tl.arange(0, HALF), tl.arange(0, G)
+    first = SECOND * HALF
+    o_near = o_lane[None, :] + first
+    # + where psi < tau; at psi = 0 the tie bit decides.
+    b_bits = mix(b_key[:, None], tl.zeros([G, HALF], tl.uint32) + (i_first + o_near))
+    b_tie = (b_bits & 1).to(tl.int32)
+    b_tau = tl.zeros([G, HALF], tl.float32)
+    if KIND != 0:
+        b_scale = tl.load(p_tau + o_g[:, None] * P + o_near)
+        # A positive threshold is compared as it is; only a zero one falls back to the tie bit.
+        b_tie = tl.where(b_scale > 0.0, 0, b_tie)
+        b_ticket = 2.0 * ((b_bits >> 8).to(tl.float32) * 5.9604644775390625e-08) - 1.0
+        b_tau = b_ticket * b_scale
+    b_sign = tl.zeros([G, HALF], tl.int32)
+    p_near = p_delta + o_g[:, None] * (P * P) + first * P + o_near
+    n0, n1 = tl.load(p_near), tl.load(p_near + P)
+    n2, n3 = tl.load(p_near + 2 * P), tl.load(p_near + 3 * P)
+    f0, f1, f2, f3 = n0, n1, n2, n3
+    if SECOND == 0:
+        f0, f1 = tl.load(p_near + HALF), tl.load(p_near + HALF + P)
+        f2, f3 = tl.load(p_near + HALF + 2 * P), tl.load(p_near + HALF + 3 * P)
+    for j in range(0, HALF, 4):
+        # The next block's rows are on their way while this one is decided.
+        p_next = p_near + tl.minimum(j + 4, HALF - 4) * P
+        x0, x1 = tl.load(p_next), tl.load(p_next + P)
+        x2, x3 = tl.load(p_next + 2 * P), tl.load(p_next + 3 * P)
+        y0, y1, y2, y3 = x0, x1, x2, x3
+        if SECOND == 0:
+            y0, y1 = tl.load(p_next + HALF), tl.load(p_next + HALF + P)
+            y2, y3 = tl.load(p_next + HALF + 2 * P), tl.load(p_next + HALF + 3 * P)
+        i0 = tl.zeros([G, HALF], tl.int32) + j
+        i1, i2, i3 = i0 + 1, i0 + 2, i0 + 3
+        psi0, psi1 = tl.gather(b_near, i0, 1), tl.gather(b_near, i1, 1)
+        psi2, psi3 = tl.gather(b_near, i2, 1), tl.gather(b_near, i3, 1)
+        pos0 = positive(psi0, b_tau, b_tie, i0, KIND)
         s0 = tl.where(pos0, 1.0, -1.0)
-        psi1 += s0 * d01
-        psi2 += s0 * d02
-        psi3 += s0 * d03
-        pos1 = walk_step(psi1, tau1, tie1)
+        psi1 += s0 * tl.gather(n0, i1, 1)
+        psi2 += s0 * tl.gather(n0, i2, 1)
+        psi3 += s0 * tl.gather(n0, i3, 1)
+        pos1 = positive(psi1, b_tau, b_tie, i1, KIND)
         s1 = tl.where(pos1, 1.0, -1.0)
-        psi2 += s1 * d12
-        psi3 += s1 * d13
-        pos2 = walk_step(psi2, tau2, tie2)
+        psi2 += s1 * tl.gather(n1, i2, 1)
+        psi3 += s1 * tl.gather(n1, i3, 1)
+        pos2 = positive(psi2, b_tau, b_tie, i2, KIND)
         s2 = tl.where(pos2, 1.0, -1.0)
-        psi3 += s2 * d23
-        pos3 = walk_step(psi3, tau3, tie3)
+        psi3 += s2 * tl.gather(n2, i3, 1)
+        pos3 = positive(psi3, b_tau, b_tie, i3, KIND)
         s3 = tl.where(pos3, 1.0, -1.0)
-        b_psi += s0[:, None] * b_row0
-        b_psi += s1[:, None] * b_row1
-        b_psi += s2[:, None] * b_row2
-        b_psi += s3[:, None] * b_row3
-        b_sign = tl.where(o_lane[None, :] == i, pos0[:, None].to(tl.int32), b_sign)
-        b_sign = tl.where(o_lane[None, :] == i + 1, pos1[:, None].to(tl.int32), b_sign)
-        b_sign = tl.where(o_lane[None, :] == i + 2, pos2[:, None].to(tl.int32), b_sign)
-        b_sign = tl.where(o_lane[None, :] == i + 3, pos3[:, None].to(tl.int32), b_sign)
-    return b_sign
+        b_near = b_near + s0 * n0 + s1 * n1 + s2 * n2 + s3 * n3
+        if SECOND == 0:
+            b_far = b_far + s0 * f0 + s1 * f1 + s2 * f2 + s3 * f3
+        b_step = o_lane[None, :] - j
+        b_sign = tl.where((b_step == 0) & pos0, 1, b_sign)
+        b_sign = tl.where((b_step == 1) & pos1, 1, b_sign)
+        b_sign = tl.where((b_step == 2) & pos2, 1, b_sign)
+        b_sign = tl.where((b_step == 3) & pos3, 1, b_sign)
+        n0, n1, n2, n3, f0, f1, f2, f3 = x0, x1, x2, x3, y0, y1, y2, y3
+    return b_sign, b_far
+
+
+@triton.jit
+def positive(psi, b_tau, b_tie, i, KIND: tl.constexpr):
+    """The sign of step `i`, known to every lane."""
+    tie = tl.gather(b_tie, i, 1) != 0
+    if KIND != 0:
+        return (psi < tl.gather(b_tau, i, 1)) | ((psi == 0.0) & tie)
+    else:
+        return (psi < 0.0) | ((psi == 0.0) & tie)

@@ -1,4 +1,4 @@
-"""Small kernels between pages, a step's tensors and dense scratch: rows of queries, keys and values."""
+"""Small kernels that move rows between pages, a step's tensors and dense scratch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from express_vllm.layout import RING_ROWS
 
 from . import plan
-from .rows import slot_rows, source_rows
+from .rows import slot_rows
 
 ROWS = tl.constexpr(RING_ROWS)
 _REQUEST, _INSTANCE = tl.constexpr(plan.REQUEST), tl.constexpr(plan.INSTANCES)
@@ -108,44 +108,62 @@ def gather_kernel(
 
 
 @triton.jit
+def append_kernel(
+    key, value, requests,
+    dense,  # out [R, H, slots, 2 D]
+    s_key, s_key_head, s_value, s_value_head, heads, slots,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copy a request's new tokens behind its old slots."""
+    i_block, i_head, i_request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    request = requests + i_request * _REQUEST
+    old = tl.load(request + 2)
+    i_token = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_token = i_token < tl.load(request + 12) - (old - tl.load(request + 3))
+    o_d = tl.arange(0, D_PAD)
+    m = m_token[:, None] & (o_d < D)[None, :]
+    i_row = tl.load(request + 4) + i_token
+    p_k = key + i_row * s_key + i_head * s_key_head
+    p_v = value + i_row * s_value + i_head * s_value_head
+    b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m)
+    b_v = tl.load(p_v[:, None] + o_d[None, :], mask=m)
+    i_slot = (i_request * heads + i_head).to(tl.int64) * slots + old + i_token
+    p_row = dense + i_slot[:, None] * (2 * D) + o_d[None, :]
+    tl.store(p_row, b_k.to(dense.dtype.element_ty), mask=m)
+    tl.store(p_row + D, b_v.to(dense.dtype.element_ty), mask=m)
+
+
+@triton.jit
 def scatter_kernel(
-    pages, dense, key, value, table, requests, lists,
-    s_page, s_head, s_slot, s_table, s_dense, s_dense_head,
-    s_key, s_key_head, s_value, s_value_head, heads, width,
+    pages, dense, table, requests, lists,
+    s_page, s_head, s_slot, s_table, s_dense, s_dense_head, heads, width,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HAS_OLD: tl.constexpr,
 ):  # fmt: skip
     """Write a request's state after the step to its pages: slots that moved, and new tokens.
 
-    Old entries are read from their dense copy, so nothing overwritten is read.
+    Entries are read from their dense copy, so nothing overwritten is read.
     """
     i_request, i_head, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK
     request = requests + i_request * _REQUEST
     events, old = tl.load(request + 1), tl.load(request + 2).to(tl.int32)
-    shift, token = tl.load(request + 3), tl.load(request + 4)
     stored, live = tl.load(request + 10).to(tl.int32), tl.load(request + 11).to(tl.int32)
     i_slot = first + tl.arange(0, BLOCK)
     m_slot = (i_slot < live) & (i_slot >= tl.where(events > 0, 0, old))
     p_list = lists + ((tl.load(request + 8) + events) * heads + i_head) * width
     i_source = tl.load(p_list + i_slot, mask=m_slot & (i_slot < stored), other=0)
-    recent = (tl.load(request + 12) - live + shift).to(tl.int32)
+    recent = (tl.load(request + 12) - live + tl.load(request + 3)).to(tl.int32)
     i_source = tl.where(i_slot < stored, i_source, i_slot + recent)
-    i_source = tl.where(m_slot, i_source, old)
+    i_source = tl.where(m_slot, i_source, 0)
     p_slots = dense + i_request.to(tl.int64) * s_dense + i_head * s_dense_head
-    p_k, p_v = source_rows(
-        i_source, old, p_slots, table, s_dense, 2 * D, key + token * s_key + i_head * s_key_head,
-        value + token * s_value + i_head * s_value_head, s_key, s_value, D, 0, HAS_OLD, True,
-    )  # fmt: skip
-    o_d = tl.arange(0, D_PAD)
-    m = m_slot[:, None] & (o_d < D)[None, :]
-    b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m)
-    b_v = tl.load(p_v[:, None] + o_d[None, :], mask=m)
+    p_from = slot_rows(i_source, p_slots, table, s_dense, 2 * D, 0)
+    o_d = tl.arange(0, 2 * D_PAD)
+    m = m_slot[:, None] & (o_d < 2 * D)[None, :]
+    b_row = tl.load(p_from[:, None] + o_d[None, :], mask=m)
     p_table = table + tl.load(request + 7) * s_table
     p_row = slot_rows(
         tl.where(m_slot, i_slot, 0), pages + i_head * s_head, p_table, s_page, s_slot, BLOCK_SIZE
     )
-    tl.store(p_row[:, None] + o_d[None, :], b_k, mask=m)
-    tl.store(p_row[:, None] + D + o_d[None, :], b_v, mask=m)
+    tl.store(p_row[:, None] + o_d[None, :], b_row, mask=m)
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
 An event's slots are data-independent, so the moves of its operations can be composed here: entries
 are named by *virtual ids*.  Ids [0, stored + incoming) are the slots after the heavy hitters were
-chosen; every halving or draw then names its outputs with fresh ids.  An operation is a list of input
-ids, an event's result a list of ids, and a kernel never moves a range because another one shrank.
+chosen; every halving or draw then names its outputs with fresh ids.  An operation is a list of
+input ids, an event's result a list of ids, and no range moves because another one shrank.
 Operations that read no output of each other form a *round* and run side by side.
 """
 
@@ -22,18 +22,18 @@ from express_vllm.layout import DRAW, Event, Layout, Shape, layout_for
 PAIRS = 64
 TILE_POINTS = 2 * PAIRS
 
-#: Columns of `EventTables.headers`, int32.  STORED: slots before the incoming tokens, LIVE: all live
-#: slots before the event, AFTER: slots before the exact recent ones after it; ROUND and FINAL are
-#: offsets into `rounds` and `ids`, BIAS into `bias` (log2 weights of the stored slots before it).
+#: Columns of `EventTables.headers`, int32.  STORED: slots before the incoming tokens, LIVE: all
+#: live slots before the event, AFTER: slots before the exact recent ones after it; ROUND and FINAL
+#: are offsets into `rounds` and `ids`, BIAS into `bias` (log2 weights of the stored slots before it).
 POSITION, STORED, INCOMING, LIVE, AFTER, ROUND, ROUNDS, FINAL, BIAS = range(9)
 HEADER = 9
 #: Columns of `EventTables.ops`: INDEX feeds the random bits; INPUTS is an offset into `ids`.
 KIND, LENGTH, SEEN, INDEX, INPUTS, OUTPUT = range(6)
 OP = 6
 
-#: Columns of a step's request table, int64 (`step.StepPlan`): first EVENT and number of EVENTS of the
-#: step, OLD live slots before it, SHIFT from a position to its source index, batch row of its first
-#: TOKEN, seed words, block TABLE row, first LIST row and event INSTANCE, then the state after the
+#: Columns of a step's request table, int64 (`step.StepPlan`): first EVENT and number of EVENTS of
+#: the step, OLD live slots before it, SHIFT from a position to its source index, batch row of its
+#: first TOKEN, seed words, block TABLE row, first LIST row and event INSTANCE, then the state after the
 #: step: FINAL_STORED, FINAL_LIVE, token count STOP; first slot of the query RING (-1: none) and the
 #: position RING_FROM of its row 0.
 (EVENT, EVENTS, OLD, SHIFT, TOKEN, SEED_LOW, SEED_HIGH, TABLE, LIST, INSTANCE, FINAL_STORED,
@@ -56,8 +56,8 @@ def stored_after(layout: Layout, events: int) -> int:
 class EventTables:
     """Device arrays of a layout's events [0, count); they grow on demand.
 
-    headers [count, HEADER], rounds [n, 2] (first operation, operations), ops [n, OP] and ids [n] are
-    int32; bias [n] fp32.  `width` is the widest operation batch: operations of a round.
+    headers [count, HEADER], rounds [n, 2] (first operation, operations), ops [n, OP] and ids [n]
+    are int32; bias [n] fp32.  `width` is the widest operation batch: operations of a round.
     """
 
     def __init__(self, shape: Shape, device: torch.device, width: int) -> None:
@@ -166,8 +166,11 @@ class EventTables:
 
 @lru_cache(maxsize=64)
 def tables_for(shape: Shape, device: torch.device) -> EventTables:
-    """The shared tables of a shape; a round holds as many halvings as its interval calls for."""
-    if shape.schedule == "paper":
+    """The shared tables of a shape; a round holds as many halvings as its interval calls for.
+
+    Groups longer than a tile, and those of the published kernel, are measured as a whole: one each.
+    """
+    if shape.schedule == "paper" or shape.group > TILE_POINTS:
         return EventTables(shape, device, 1)
     halvings = 2 * shape.interval // shape.group
     return EventTables(shape, device, 1 << max(0, min(3, (halvings - 1).bit_length())))

@@ -1,8 +1,8 @@
 """Causal attention of a step's tokens over the weighted state valid at each one's position.
 
 A query tile lies between two events.  It attends to the stored slots of the state after the last
-event (gathered through that state's list of source indices, with their log-weights) and to the exact
-tokens since, which are consecutive.  The query heads of a KV head share a tile's rows.
+event (gathered through that state's list of source indices, with their log-weights) and to the
+exact tokens since, which are consecutive.  The query heads of a KV head share a tile's rows.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import triton
 import triton.language as tl
 
 from . import plan
-from .rows import source_rows
+from .rows import slot_rows
 
-_REQUEST, _ITEM = tl.constexpr(plan.REQUEST), tl.constexpr(plan.ITEM)
+_ITEM = tl.constexpr(plan.ITEM)
 
 
 @triton.jit
 def attend_tile(
-    b_q, b_acc, b_most, b_sum, p_k, p_v, b_bias, m_seen, o_d, m_d, scale2,
+    b_q, b_acc, b_most, b_sum, p_k, b_bias, m_seen, o_d, m_d, scale2,
     D: tl.constexpr, D_PAD: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One step of the running softmax, base 2: keys and values at rows p_k, p_v [N]."""
+    """One step of the running softmax, base 2: keys and values at rows p_k [N]."""
     if D == D_PAD:
         b_k = tl.load(p_k[:, None] + o_d[None, :])
     else:
@@ -36,9 +36,9 @@ def attend_tile(
     b_fade = tl.exp2(b_most - b_new)
     b_sum = b_sum * b_fade + tl.sum(b_share, 1)
     if D == D_PAD:
-        b_v = tl.load(p_v[:, None] + o_d[None, :])
+        b_v = tl.load(p_k[:, None] + D + o_d[None, :])
     else:
-        b_v = tl.load(p_v[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
+        b_v = tl.load(p_k[:, None] + D + o_d[None, :], mask=m_d[None, :], other=0.0)
     b_acc = b_acc * b_fade[:, None]
     b_acc = tl.dot(b_share.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
     return b_acc, b_new, b_sum
@@ -46,12 +46,12 @@ def attend_tile(
 
 @triton.jit
 def prefill_kernel(
-    query, key, value, dense, requests, items, lists, bias,
+    query, dense, items, lists, bias,
     output,  # out, as query
-    s_query, s_query_head, s_key, s_key_head, s_value, s_value_head, s_output, s_output_head,
+    s_query, s_query_head, s_output, s_output_head,
     s_dense, s_dense_head, scale2, heads, width,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, HAS_OLD: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     item, i_head = items + tl.program_id(0) * _ITEM, tl.program_id(1)
     row, count = tl.load(item), tl.load(item + 1)
@@ -59,10 +59,6 @@ def prefill_kernel(
     p_bias = bias + tl.load(item + 4)
     recent, last = tl.load(item + 5), tl.load(item + 6)
     i_request = tl.load(item + 7)
-    request = requests + i_request * _REQUEST
-    old, token = tl.load(request + 2).to(tl.int32), tl.load(request + 4)
-    p_key = key + token * s_key + i_head * s_key_head
-    p_value = value + token * s_value + i_head * s_value_head
     p_slots = dense + i_request.to(tl.int64) * s_dense + i_head * s_dense_head
     p_list = lists + (i_list * heads + i_head) * width
 
@@ -82,34 +78,26 @@ def prefill_kernel(
         m_slot = i_slot < stored
         i_source = tl.load(p_list + i_slot, mask=m_slot, other=0)
         b_bias = tl.load(p_bias + i_slot, mask=m_slot, other=-1.0e30)
-        p_k, p_v = source_rows(
-            i_source, old, p_slots, lists, s_dense, 2 * D, p_key, p_value, s_key, s_value, D, 0,
-            HAS_OLD, True,
-        )  # fmt: skip
+        p_k = slot_rows(i_source, p_slots, lists, 0, 2 * D, 0)
         b_acc, b_most, b_sum = attend_tile(
-            b_q, b_acc, b_most, b_sum, p_k, p_v, b_bias, m_row[:, None], o_d, m_d, scale2,
+            b_q, b_acc, b_most, b_sum, p_k, b_bias, m_row[:, None], o_d, m_d, scale2,
             D, D_PAD, True, False,
         )  # fmt: skip
     # Tiles that every row of the query tile sees whole, then the diagonal ones.
     whole = recent + (last + 1 - recent) // N * N
     for first in range(recent, whole, N):
-        p_k, p_v = source_rows(
-            first + o_n, old, p_slots, lists, s_dense, 2 * D, p_key, p_value, s_key, s_value, D, 0,
-            HAS_OLD, True,
-        )  # fmt: skip
+        p_k = slot_rows(first + o_n, p_slots, lists, 0, 2 * D, 0)
         b_acc, b_most, b_sum = attend_tile(
-            b_q, b_acc, b_most, b_sum, p_k, p_v, b_sum, m_row[:, None], o_d, m_d, scale2,
+            b_q, b_acc, b_most, b_sum, p_k, b_sum, m_row[:, None], o_d, m_d, scale2,
             D, D_PAD, False, False,
         )  # fmt: skip
     for first in range(whole, last + count, N):
         i_source = first + o_n
         m_seen = i_source[None, :] <= last + i_token[:, None]
-        p_k, p_v = source_rows(
-            tl.minimum(i_source, last + count - 1), old, p_slots, lists, s_dense, 2 * D, p_key,
-            p_value, s_key, s_value, D, 0, HAS_OLD, True,
-        )  # fmt: skip
+        i_source = tl.minimum(i_source, last + count - 1)
+        p_k = slot_rows(i_source, p_slots, lists, 0, 2 * D, 0)
         b_acc, b_most, b_sum = attend_tile(
-            b_q, b_acc, b_most, b_sum, p_k, p_v, b_sum, m_seen, o_d, m_d, scale2,
+            b_q, b_acc, b_most, b_sum, p_k, b_sum, m_seen, o_d, m_d, scale2,
             D, D_PAD, False, True,
         )  # fmt: skip
     p_output = output + o_row * s_output + i_query_head * s_output_head

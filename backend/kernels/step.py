@@ -20,7 +20,14 @@ from express_vllm.layout import RING_ROWS, Layout
 from . import plan
 from .compaction import compact_kernel, score_recent_kernel
 from .halving import EXPONENTIAL, GAUSSIAN
-from .pages import gather_kernel, keep_rows_kernel, move_kernel, query_rows_kernel, scatter_kernel
+from .pages import (
+    append_kernel,
+    gather_kernel,
+    keep_rows_kernel,
+    move_kernel,
+    query_rows_kernel,
+    scatter_kernel,
+)
 from .plan import EventTables, stored_after, tables_for
 from .prefill import prefill_kernel
 
@@ -53,6 +60,8 @@ class StepPlan:
     items: Tensor
     count: int
     old: int  # the most live slots a request held before the step
+    tokens: int  # the most new tokens of a request
+    sources: int  # the most old slots and new tokens of a request
     final: int  # the most live slots a request holds after it
     events: int  # the most events of a request
     lists: int
@@ -100,6 +109,7 @@ class StepPlan:
         late = layout.event(1).incoming if last > 1 else 0
         if shape.schedule == "paper":
             late = max([layout.event(k).incoming for k in range(1, last)], default=0)
+        counts = requests[:, plan.STOP] - (requests[:, plan.OLD] - requests[:, plan.SHIFT])
         return cls(
             tables_for(shape, device).upto(last),
             torch.from_numpy(requests).to(device),
@@ -107,7 +117,8 @@ class StepPlan:
             torch.from_numpy(np.concatenate(items or [np.zeros((0, plan.ITEM), np.int32)])).to(
                 device
             ),
-            len(chunks), int(requests[:, 2].max()), live, int(requests[:, 1].max()), lists,
+            len(chunks), int(requests[:, 2].max()), int(counts.max()),
+            int((counts + requests[:, 2]).max()), live, int(requests[:, 1].max()), lists,
             width, (layout.event(0).incoming, late),
             bool(((requests[:, 0] == 0) & (requests[:, 1] > 0)).any()),
         )  # fmt: skip
@@ -145,31 +156,25 @@ def _items(
 
 @dataclass
 class Source:
-    """Where keys and values lie: old slots (dense or in pages of `layers` layers) and new tokens."""
+    """Where keys and values lie: dense page r of request r, or the pages of several layers."""
 
     pages: Tensor  # [pages, KV heads, slots, 2 d]
     layer_offsets: Tensor  # int64 [L]: element offset of each layer's pages from `pages`
     table: Tensor  # int32 [R, blocks]
-    key: Tensor
-    value: Tensor
-    block_size: int  # 0: request r's old slots are page r
-    has_old: bool
-    has_new: bool
+    block_size: int  # 0: dense
 
-    def arguments(self) -> tuple:
-        return self.pages, self.layer_offsets, self.table, self.key, self.value
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.pages, self.layer_offsets, self.table
 
     def strides(self) -> tuple[int, ...]:
-        return (
-            *self.pages.stride()[:3], self.table.stride(0), self.key.stride(0), self.key.stride(1),
-            self.value.stride(0), self.value.stride(1),
-        )  # fmt: skip
+        return *self.pages.stride()[:3], self.table.stride(0)
 
 
 @dataclass
 class Tuning:
     """Launch shapes of the compaction kernels."""
 
+    team: int = 0  # programs that share one layer, request and KV head; 0: as `programs` allow
     programs: int = 264  # persistent programs of one launch: more work waits for its turn
     warps: int = 8
     stages: int = 3
@@ -181,8 +186,8 @@ def compact(
 ) -> Tensor:  # fmt: skip
     """Run a step's events -> lists of kept source indices, int32 [L, lists, KV heads, width].
 
-    rows [L, instances, KV heads, RING_ROWS, d]: query rows of every event.  layer_ids int64 [L] plus
-    `first_layer` feed the random bits, as does the global index of the first KV head.
+    rows [L, instances, KV heads, RING_ROWS, d]: query rows of every event.  layer_ids int64 [L]
+    plus `first_layer` feed the random bits, as does the global index of the first KV head.
     """
     tuning = tuning or Tuning()
     layers, heads = len(layer_ids), source.pages.shape[1]
@@ -192,30 +197,36 @@ def compact(
     device = source.pages.device
     instances = len(step.instances)
     lists = torch.empty(layers, step.lists, heads, step.width, dtype=torch.int32, device=device)
-    flags = dict(BLOCK_SIZE=source.block_size, HAS_OLD=source.has_old, HAS_NEW=source.has_new)
     kind = kernel or ("exponential" if shape.schedule == "paper" else "gaussian")
     first, late = step.incoming
     incoming = max(first if step.starts_exact else 0, late, 1)
-    f32 = dict(dtype=torch.float32, device=device)
-    # An event-long first phase is scored apart, so that later events keep small tiles.
+    f32 = {"dtype": torch.float32, "device": device}
     score_shape = (layers, max(instances, 1), heads, RING_ROWS)
     peak, total = torch.empty(2, *score_shape, **f32)
-    score = torch.empty(*score_shape, incoming if shape.heavy else 1, **f32)
+    candidates = triton.cdiv(shape.heavy + incoming, 16) * 16 if shape.heavy else 16
+    score = torch.empty(*score_shape, candidates, **f32)
     if shape.heavy and instances:
         score_recent_kernel[(instances, heads, layers)](
             rows, score, peak, total, step.instances, step.requests, tables.headers,
-            *source.arguments(), *source.strides(), scale, heads, instances, score.shape[-1],
-            size, padded, 64 if padded > 128 else 128, **flags, num_warps=4, num_stages=2,
+            *source.arguments(), *source.strides(), scale, heads, instances, shape.heavy,
+            score.shape[-1], size, padded, 64 if padded > 128 else 128, source.block_size, num_warps=4, num_stages=2,
         )  # fmt: skip
     tiles = triton.cdiv(tables.longest, plan.TILE_POINTS)
-    group, pairs = tables.width, plan.PAIRS
     tasks = layers * step.count * heads
-    programs = min(tasks, tuning.programs)
-    scratch_width = RING_ROWS * (shape.heavy + 2) + group * pairs * (pairs + 2 + tiles) + padded
-    scratch_width = triton.cdiv(scratch_width, 64) * 64
-    virtual_width = triton.cdiv(max(tables.virtual, 1), 64) * 64
-    scratch = torch.empty(programs, scratch_width, **f32)
-    virtual = torch.empty(programs, virtual_width, dtype=torch.int32, device=device)
+    team = team_size(tasks, tables.width, tuning, device)
+    teams = min(tasks, tuning.programs // team)
+    group, pairs = triton.cdiv(tables.width, team), plan.PAIRS
+    block = 64 if padded > 128 else 128
+    scratch_width = 2 * RING_ROWS + group * pairs * (pairs + 2 + tiles) + padded
+    score_tiles = triton.next_power_of_2(triton.cdiv(shape.slots, block))
+    part = 2 * RING_ROWS * score_tiles
+    scratch_width, virtual_width, shared_width = (
+        triton.cdiv(max(n, 1), 64) * 64
+        for n in (scratch_width, tables.virtual, 2 * part + tables.virtual)
+    )
+    scratch = torch.empty(teams * team, scratch_width, **f32)
+    virtual = torch.empty(teams * team, virtual_width, dtype=torch.int32, device=device)
+    shared = torch.empty(teams, shared_width, **f32)
     # The first event of a layout has many more incoming tokens than later ones.
     if step.starts_exact and late and step.events > 1:
         launches = [(0, 1, first), (1, step.events - 1, late)]
@@ -223,18 +234,31 @@ def compact(
         launches = [(0, max(step.events, 1), first if step.starts_exact else late)]
     for skip, limit, candidates in launches:
         columns = triton.next_power_of_2(max(shape.heavy + candidates, 16))
-        compact_kernel[(programs,)](
+        arrived = torch.zeros(teams, dtype=torch.int32, device=device)
+        compact_kernel[(teams * team,)](
             step.requests, tables.headers, tables.rounds, tables.ops, tables.ids, tables.bias,
-            rows, score, peak, total, *source.arguments(), lists, scratch, virtual,
+            rows, score, peak, total, *source.arguments(), lists, scratch, virtual, shared, arrived,
             *source.strides(), scale, size**-0.5, tasks, step.count, heads, first_head,
             first_layer, layer_ids, shape.sinks, shape.heavy, max(instances, 1), step.lists,
-            step.width, score.shape[-1], scratch_width, virtual_width, skip, limit,
-            size, padded, columns, max(1, min(RING_ROWS, 8192 // columns)),
-            64 if padded > 128 else 128, group, pairs, tiles, **flags,
-            HAS_HEAVY=shape.heavy > 0, KIND=EXPONENTIAL if kind == "exponential" else GAUSSIAN,
-            WIDE=1024, num_warps=tuning.warps, num_stages=tuning.stages,
+            step.width, score.shape[-1], scratch_width, virtual_width, shared_width,
+            skip, limit, size, padded, columns, team, score_tiles, block, group, pairs, tiles,
+            source.block_size, HAS_HEAVY=shape.heavy > 0,
+            KIND=EXPONENTIAL if kind == "exponential" else GAUSSIAN, WIDE=2048, num_warps=tuning.warps, num_stages=tuning.stages,
         )  # fmt: skip
     return lists
+
+
+def team_size(tasks: int, width: int, tuning: Tuning, device: torch.device) -> int:
+    """Programs of a team.  All programs of a launch must be on the device together, since members
+    wait for each other; a round has `width` halvings to share out."""
+    if device.type != "cuda" or width == 1:
+        return 1
+    if tuning.team:
+        return tuning.team
+    team = 1
+    while team < width and 2 * team * tasks <= tuning.programs // 4:
+        team *= 2
+    return team
 
 
 def query_rows(
@@ -268,6 +292,44 @@ def run_chunks(
     query, output [T, heads, d]; key, value [T, KV heads, d]; kv_cache [blocks, KV heads, block
     size, 2 d]; table int32 [R, blocks].
     """
+    source, lists = advance(
+        step, query, key, value, kv_cache, table, layer, first_head, scale, tuning
+    )
+    attend_chunks(step, query, source, lists, scale, output)
+
+
+def run_pipelined(
+    steps: Sequence[StepPlan], query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor,
+    table: Tensor, layer: int, first_head: int, scale: float, output: Tensor,
+    side: torch.cuda.Stream, tuning: Tuning | None = None,
+) -> None:  # fmt: skip
+    """`run_chunks` of consecutive parts of the same chunks: while one part's attention runs, the
+    events of the next one are worked off on the stream `side` (of high priority).
+
+    Events are sequential and keep few multiprocessors busy, attention fills the others.
+    """
+    main = torch.cuda.current_stream()
+    side.wait_stream(main)
+    kept = []  # tensors of `side` that `main` reads must outlive both
+    for step in steps:
+        with torch.cuda.stream(side):
+            kept.append(
+                advance(step, query, key, value, kv_cache, table, layer, first_head, scale, tuning)
+            )
+            done = side.record_event()
+        main.wait_event(done)
+        attend_chunks(step, query, *kept[-1], scale, output)
+    for source, lists in kept:
+        source.pages.record_stream(main)
+        lists.record_stream(main)
+    side.wait_stream(main)
+
+
+def advance(
+    step: StepPlan, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, table: Tensor,
+    layer: int, first_head: int, scale: float, tuning: Tuning | None = None,
+) -> tuple[Source, Tensor]:  # fmt: skip
+    """Everything of a step but its attention -> what attention reads: the source and the lists."""
     source = chunk_source(step, key, value, kv_cache, table)
     group = query.shape[1] // key.shape[1]
     zero = torch.zeros(1, dtype=torch.int64, device=query.device)
@@ -276,10 +338,10 @@ def run_chunks(
         lists = compact(step, rows, source, zero, first_head, scale, layer, tuning)
     else:
         lists = identity_lists(step, key.shape[1], query.device)
-    attend_chunks(step, query, source, lists, scale, output)
     store_state(step, source, lists, kv_cache, table)
     if step.tables.layout.shape.ring:
         keep_rows(step, query, kv_cache, table, group)
+    return source, lists
 
 
 def identity_lists(step: StepPlan, heads: int, device: torch.device) -> Tensor:
@@ -291,19 +353,27 @@ def identity_lists(step: StepPlan, heads: int, device: torch.device) -> Tensor:
 def chunk_source(
     step: StepPlan, key: Tensor, value: Tensor, kv_cache: Tensor, table: Tensor
 ) -> Source:
-    """Old slots copied out of the pages (the step overwrites those), new tokens as they are."""
+    """Old slots, copied out of the pages since the step overwrites those, then the new tokens.
+
+    One dense page a request keeps addresses simple and rows contiguous; the copy is a hundredth of
+    a chunk's attention.
+    """
     heads, block_size, width = kv_cache.shape[1:]
     dense = torch.empty(
-        step.count, heads, max(step.old, 1), width, dtype=kv_cache.dtype, device=key.device
+        step.count, heads, step.sources, width, dtype=kv_cache.dtype, device=key.device
     )
+    padded = triton.next_power_of_2(width // 2)
     if step.old:
         gather_kernel[(step.count, heads, triton.cdiv(step.old, 32))](
             kv_cache, table, step.requests, dense, *kv_cache.stride()[:3], table.stride(0), heads,
-            dense.shape[2], width // 2, triton.next_power_of_2(width // 2), 32, block_size,
-            num_warps=4,
+            dense.shape[2], width // 2, padded, 32, block_size, num_warps=4,
         )  # fmt: skip
+    append_kernel[(triton.cdiv(step.tokens, 32), heads, step.count)](
+        key, value, step.requests, dense, key.stride(0), key.stride(1), value.stride(0),
+        value.stride(1), heads, dense.shape[2], width // 2, padded, 32, num_warps=4,
+    )  # fmt: skip
     zero = torch.zeros(1, dtype=torch.int64, device=key.device)
-    return Source(dense, zero, table, key, value, 0, step.old > 0, True)
+    return Source(dense, zero, table, 0)
 
 
 def attend_chunks(
@@ -313,17 +383,15 @@ def attend_chunks(
     """Every token's attention over the state valid at its position, one launch."""
     if not len(step.items):
         return
-    heads = source.key.shape[1]
+    heads = source.pages.shape[1]
     size = query.shape[2]
     padded = triton.next_power_of_2(size)
     group = query.shape[1] // heads
     prefill_kernel[(len(step.items), heads)](
-        query, source.key, source.value, source.pages, step.requests, step.items, lists,
-        step.tables.bias, output, query.stride(0), query.stride(1), source.key.stride(0),
-        source.key.stride(1), source.value.stride(0), source.value.stride(1), output.stride(0),
-        output.stride(1), source.pages.stride(0), source.pages.stride(1), scale * _LOG2E, heads,
-        step.width, group, size, padded, QUERY_ROWS, block or (64 if padded > 64 else 128),
-        source.has_old, num_warps=warps or 8, num_stages=stages or 3,
+        query, source.pages, step.items, lists, step.tables.bias, output, query.stride(0),
+        query.stride(1), output.stride(0), output.stride(1), source.pages.stride(0),
+        source.pages.stride(1), scale * _LOG2E, heads, step.width, group, size, padded, QUERY_ROWS,
+        block or (128 if padded <= 64 else 64), num_warps=warps or 8, num_stages=stages or 3,
     )  # fmt: skip
 
 
@@ -335,11 +403,9 @@ def store_state(
     if not step.final:
         return
     scatter_kernel[(step.count, heads, triton.cdiv(step.final, 32))](
-        kv_cache, source.pages, source.key, source.value, table, step.requests, lists,
-        *kv_cache.stride()[:3], table.stride(0), source.pages.stride(0), source.pages.stride(1),
-        source.key.stride(0), source.key.stride(1), source.value.stride(0),
-        source.value.stride(1), heads, step.width, width // 2,
-        triton.next_power_of_2(width // 2), 32, block_size, source.has_old, num_warps=4,
+        kv_cache, source.pages, table, step.requests, lists, *kv_cache.stride()[:3],
+        table.stride(0), source.pages.stride(0), source.pages.stride(1), heads, step.width,
+        width // 2, triton.next_power_of_2(width // 2), 32, block_size, num_warps=4,
     )  # fmt: skip
 
 
@@ -366,9 +432,7 @@ def compact_pages(
     kv_cache: the first layer's pages; layer_offsets int64 [L]: element offsets of every layer's
     pages from it; layer_ids int64 [L]: global layer indices.  Returns the lists.
     """
-    source = Source(
-        kv_cache, layer_offsets, table, kv_cache[0], kv_cache[0], kv_cache.shape[2], True, False
-    )
+    source = Source(kv_cache, layer_offsets, table, kv_cache.shape[2])
     rows = query_rows(step, None, kv_cache, layer_offsets, table, group)
     lists = compact(step, rows, source, layer_ids, first_head, scale, tuning=tuning)
     layers, heads, columns = len(layer_offsets), kv_cache.shape[1], kv_cache.shape[3]

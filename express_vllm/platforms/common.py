@@ -59,6 +59,7 @@ class ExpressPlatformMixin:
         if vllm_config.cache_config.enable_prefix_caching:
             # On by default in vLLM; an explicit --enable-prefix-caching is refused above.
             vllm_config.cache_config.enable_prefix_caching = False
+            logger.info("express: prefix caching, on by default in vLLM, is off")
         vllm_config.scheduler_config.scheduler_cls = cls.express_scheduler
         if vllm_config.parallel_config.worker_cls == "auto":
             vllm_config.parallel_config.worker_cls = cls.express_worker

@@ -1,0 +1,91 @@
+"""Shared fixtures: the small model and one real server for the HTTP tests."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from express_vllm import smallmodel
+
+#: The server's pool and block size, so that tests can turn usage into blocks.
+BLOCKS, BLOCK_SIZE = 160, 64
+
+
+@pytest.fixture(scope="session")
+def model_path():
+    return smallmodel.ensure()
+
+
+@dataclass
+class Server:
+    url: str
+    log: Path
+    client: httpx.Client
+
+    def metric(self, name):
+        """The value of a metric with a single sample."""
+        for line in self.client.get("/metrics").text.splitlines():
+            if line.startswith(name + "{") or line.startswith(name + " "):
+                return float(line.rsplit(" ", 1)[1])
+        raise KeyError(name)
+
+    def blocks(self):
+        """KV-cache blocks in use, as the engine reports them."""
+        return round(self.metric("vllm:kv_cache_usage_perc") * (BLOCKS - 1))
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def server(model_path, tmp_path_factory):
+    """`vllm serve ... --attention-backend express` with the small model."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    command = [
+        str(Path(sys.executable).with_name("vllm")), "serve", str(model_path),
+        "--attention-backend", "express", "--port", str(port), "--host", "127.0.0.1",
+        "--served-model-name", "small", "--enforce-eager",
+        "--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", str(BLOCKS),
+        "--additional-config", '{"express": {"memory_tokens": 1024, "max_memory_tokens": 8192}}',
+    ]  # fmt: skip
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+    }  # fmt: skip
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    with httpx.Client(base_url=url, timeout=300) as client:
+        try:
+            _wait(client, process, log)
+            yield Server(url, log, client)
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _wait(client, process, log):
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server stopped:\n{log.read_text()[-6000:]}")
+        try:
+            if client.get("/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.5)
+    raise TimeoutError(f"the server did not start:\n{log.read_text()[-6000:]}")

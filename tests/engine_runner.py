@@ -1,0 +1,153 @@
+"""Runs jobs on a real vLLM engine in a process of its own: JSON in on stdin, JSON out on a file.
+
+The engine core lives in this process when there is one worker, so that jobs can read the
+scheduler's own block accounting.  Used by test_engine.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+
+JOB = json.load(sys.stdin) if __name__ == "__main__" else {}
+if JOB.get("engine", {}).get("tensor_parallel_size", 1) == 1:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+class Engine:
+    """A vLLM `LLM` plus, with one worker, its scheduler's accounting."""
+
+    def __init__(self, arguments):
+        from vllm import LLM
+
+        self.llm = LLM(enforce_eager=True, disable_log_stats=True, **arguments)
+        core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)
+        self.scheduler = getattr(core, "scheduler", None)
+        if self.scheduler is not None:
+            self._watch()
+
+    def _watch(self):
+        scheduler = self.scheduler
+        self.pool = scheduler.kv_cache_manager.block_pool
+        (self.manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
+        self.peaks = defaultdict(int)
+        self.preemptions = 0
+        schedule, preempt = scheduler.schedule, scheduler._preempt_request
+
+        def watched_schedule(*args, **kwargs):
+            output = schedule(*args, **kwargs)
+            for name, blocks in self.manager.req_to_blocks.items():
+                self.peaks[name] = max(self.peaks[name], len(blocks))
+            return output
+
+        def watched_preempt(*args, **kwargs):
+            self.preemptions += 1
+            return preempt(*args, **kwargs)
+
+        scheduler.schedule, scheduler._preempt_request = watched_schedule, watched_preempt
+
+    def generate(self, requests, max_batched_tokens=None):
+        """All `requests` in one batch -> tokens, texts and, with one worker, accounting."""
+        from vllm import SamplingParams
+
+        if max_batched_tokens:
+            self.scheduler.max_num_scheduled_tokens = max_batched_tokens
+        params = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=r["max_tokens"],
+                ignore_eos=r.get("ignore_eos", True),
+                extra_args=r.get("extra_args"),
+                logprobs=2 if r.get("margin") else None,
+            )
+            for r in requests
+        ]
+        prompts = [{"prompt_token_ids": r["prompt"]} for r in requests]
+        if self.scheduler is not None:
+            self.peaks.clear()
+            self.preemptions = 0
+            free = self.pool.get_num_free_blocks()
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        result = {
+            "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+            "texts": [o.outputs[0].text for o in outputs],
+            "margins": [margins(o.outputs[0].logprobs) for o in outputs],
+        }
+        if self.scheduler is not None:
+            result |= {
+                "peak_blocks": max(self.peaks.values()),
+                "preemptions": self.preemptions,
+                "leaked": free - self.pool.get_num_free_blocks(),
+                "budgets_left": len(getattr(self.scheduler, "express_budgets", {})),
+            }
+        return result
+
+    def alone(self, requests, **kwargs):
+        results = [self.generate([r], **kwargs) for r in requests]
+        return {
+            "tokens": [r["tokens"][0] for r in results],
+            "texts": [r["texts"][0] for r in results],
+            "margins": [r["margins"][0] for r in results],
+            "peak_blocks": [r.get("peak_blocks") for r in results],
+        }
+
+    def aborts(self, requests, steps):
+        """Add each request, run its number of steps, abort it; -> free blocks before and after."""
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        before = self.pool.get_num_free_blocks()
+        held = []
+        for number, (request, count) in enumerate(zip(requests, steps, strict=True)):
+            params = SamplingParams(
+                temperature=0, max_tokens=64, ignore_eos=True, extra_args=request.get("extra_args")
+            )
+            name = f"abort-{number}"
+            engine.add_request(name, {"prompt_token_ids": request["prompt"]}, params)
+            for _ in range(count):
+                engine.step()
+            held.append(before - self.pool.get_num_free_blocks())
+            engine.abort_request([name])
+            engine.step()
+        return {
+            "before": before,
+            "after": self.pool.get_num_free_blocks(),
+            "held": held,
+            "budgets_left": len(self.scheduler.express_budgets),
+        }
+
+
+def margins(logprobs):
+    """Log-probability gap between the best two tokens of every position."""
+    if not logprobs:
+        return None
+    gaps = []
+    for entry in logprobs:
+        best = sorted((x.logprob for x in entry.values()), reverse=True)
+        gaps.append(best[0] - best[1])
+    return gaps
+
+
+def main(job):
+    start = time.monotonic()
+    engine = Engine(job["engine"])
+    print(f"[job] start: {time.monotonic() - start:.1f} s", file=sys.stderr)
+    results = []
+    for name, arguments in job["calls"]:
+        start = time.monotonic()
+        results.append(getattr(engine, name)(**arguments))
+        print(f"[job] {name}: {time.monotonic() - start:.1f} s", file=sys.stderr)
+    with open(job["output"], "w") as file:
+        json.dump(results, file)
+    sys.stdout.flush()
+    os._exit(0)  # engine teardown is not under test and takes seconds
+
+
+if __name__ == "__main__":
+    main(JOB)

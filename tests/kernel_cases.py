@@ -1,0 +1,349 @@
+"""The Triton kernels against the oracle; `test_kernels.py` says where these cases run."""
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from express_vllm import rng
+from express_vllm.backend.kernels import decode, reference, step
+from express_vllm.backend.kernels.rows import event_key, mix
+from express_vllm.backend.kernels.step import Chunk, StepPlan, Tuning
+from express_vllm.layout import RING_ROWS, Layout, make_shape
+from express_vllm.reference.cache import ExpressCache
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SEED, LAYER, FIRST_HEAD = 2**33 + 5, 3, 4
+
+
+class Runner:
+    """One layer of requests of one cache shape over poisoned, shuffled pages."""
+
+    def __init__(self, layout, dtype, head_size, *, heads=2, group=3, block_size=16, requests=1,
+                 tokens=4096):  # fmt: skip
+        self.layout, self.heads, self.group, self.size = layout, heads, group, head_size
+        blocks = -(-min(layout.shape.slots, tokens) // block_size)
+        pages = requests * blocks + 3
+        self.cache = torch.full(
+            (pages, heads, block_size, 2 * head_size), torch.nan, dtype=dtype, device=DEVICE
+        )
+        order = torch.randperm(pages, generator=torch.Generator().manual_seed(1))
+        self.table = order[: requests * blocks].view(requests, blocks).int().to(DEVICE)
+        self.stored = [0] * requests
+        self.scale = head_size**-0.5
+        self.zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+
+    def prefill(self, batch, counts):
+        """Process counts[r] further tokens of each request; batch: q, k, v of the step's tokens."""
+        chunks, token = [], 0
+        for r, count in enumerate(counts):
+            if count:
+                start = self.stored[r]
+                chunks.append(Chunk(start, start + count, token, r, SEED + r))
+                self.stored[r] += count
+            token += count
+        plan = StepPlan.make(self.layout, chunks, self.group, DEVICE)
+        output = torch.full_like(batch[0], torch.nan)
+        step.run_chunks(plan, *batch, self.cache, self.table, LAYER, FIRST_HEAD, self.scale, output)
+        return output
+
+    def decode(self, batch):
+        """One further token of every request."""
+        due = [
+            Chunk(n, n + 1, 0, r, SEED + r)
+            for r, n in enumerate(self.stored)
+            if self.layout.events(n, n + 1)
+        ]
+        if due:
+            plan = StepPlan.make(self.layout, due, self.group, DEVICE, compacting=True)
+            step.compact_pages(
+                plan, self.cache, self.zero, self.zero + LAYER, self.table, FIRST_HEAD,
+                self.scale, self.group,
+            )  # fmt: skip
+        query, key, value = batch
+        live, rings, starts, steps = [], [], [], []
+        shape = self.layout.shape
+        for n in self.stored:
+            live.append(self.layout.live(n + 1))
+            upcoming = shape.first_event + self.layout.events_done(n + 1) * shape.interval
+            row = n - (upcoming - RING_ROWS)
+            kept = shape.ring and row >= 0
+            rings.append(2 * (shape.slots - shape.ring) + row if kept else -1)
+            first, rise = decode.segment_steps(self.layout.segments(n + 1))
+            starts.append(torch.from_numpy(first))
+            steps.append(torch.from_numpy(rise))
+        live, ring = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (live, rings))
+        decode.store_tokens(query, key, value, self.cache, self.table, live, ring)
+        output = torch.full_like(query, torch.nan)
+        scratch = decode.DecodeScratch(len(live), query.shape[1], self.size, shape.slots, DEVICE)
+        scratch.part.fill_(torch.nan)
+        decode.decode_attention(
+            query, self.cache, self.table, live, torch.stack(starts).to(DEVICE),
+            torch.stack(steps).to(DEVICE), self.scale, scratch, output,
+        )  # fmt: skip
+        self.stored = [n + 1 for n in self.stored]
+        return output
+
+    def slots(self, r):
+        """Live rows of request r, [KV heads, live, 2 d]."""
+        rows = self.cache[self.table[r].long()].transpose(0, 1).flatten(1, 2)
+        return rows[:, : self.layout.live(self.stored[r])]
+
+
+def tokens(count, heads, group, size, dtype, seed=0):
+    """Random queries [T, heads, d] and keys, values [T, KV heads, d]."""
+    generator = torch.Generator().manual_seed(seed)
+    query = 2 * torch.randn(count, heads * group, size, generator=generator)
+    key, value = torch.randn(2, count, heads, size, generator=generator)
+    return [x.to(dtype).to(DEVICE) for x in (query, 1.5 * key, value)]
+
+
+def oracle(layout, batch, heads, group, seed=SEED):
+    """Outputs [T, heads, d] in fp64, and the kept positions of each KV head."""
+    query, key, value = (x.double().cpu() for x in batch)
+    size = query.shape[2]
+    outputs, caches = [], []
+    for h in range(heads):
+        cache = ExpressCache(layout, size, seed=seed, layer=LAYER, kv_head=FIRST_HEAD + h)
+        rows = query.view(-1, heads, group, size)[:, h]
+        outputs.append(cache.extend(rows, key[:, h], value[:, h]))
+        caches.append(cache)
+    return torch.stack(outputs, 1).flatten(1, 2), caches
+
+
+def error(ours, expected):
+    difference = (ours.double().cpu() - expected).norm() / expected.norm()
+    return float(difference) if math.isfinite(difference) else math.inf
+
+
+def kept_share(runner, batch, caches, r=0):
+    """Share of live slots that hold the token that the oracle keeps there."""
+    ours = runner.slots(r)
+    same = [
+        (ours[h, :, : runner.size] == batch[1][cache.positions.to(DEVICE), h]).all(-1)
+        for h, cache in enumerate(caches)
+    ]
+    return float(torch.cat(same).float().mean())
+
+
+def chunks(total, size):
+    return [min(size, total - at) for at in range(0, total, size)]
+
+
+def drive(runner, batch, counts):
+    outputs, at = [], 0
+    for count in counts:
+        part = [x[at : at + count] for x in batch]
+        outputs.append(runner.decode(part) if count == 1 else runner.prefill(part, [count]))
+        at += count
+    return torch.cat(outputs)
+
+
+@triton.jit
+def bits_kernel(out, low, high, layer, head, position, op, stream):
+    key = event_key(
+        low.to(tl.uint32), high.to(tl.uint32), layer.to(tl.uint32), head.to(tl.uint32),
+        position.to(tl.uint32),
+    )  # fmt: skip
+    o = tl.arange(0, 16)
+    state = mix(mix(key, op.to(tl.uint32)), stream.to(tl.uint32))
+    tl.store(out + o, mix(tl.zeros([16], tl.uint32) + state, o.to(tl.uint32)).to(tl.int64))
+
+
+def test_random_bits_equal_the_oracle():
+    for seed, layer, head, position in [(0, 0, 0, 0), (2**63 + 7, 79, 127, 2**30), (5, 1, 2, 3)]:
+        out = torch.empty(16, dtype=torch.int64, device=DEVICE)
+        words = (seed & 0xFFFFFFFF, seed >> 32, layer, head, position, 6, rng.STREAM_SIGN)
+        # Tensors of int64, so that no word is specialised to a constant.
+        words = torch.tensor(words, dtype=torch.int64, device=DEVICE)
+        unpack_kernel[(1,)](words, out)
+        key = rng.key(seed, layer, head, position)
+        assert out.tolist() == [rng.bits(key, 6, rng.STREAM_SIGN, i) for i in range(16)]
+
+
+@triton.jit
+def unpack_kernel(words, out):
+    bits_kernel(
+        out, tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3),
+        tl.load(words + 4), tl.load(words + 5), tl.load(words + 6),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("schedule", "slots", "size", "group", "counts"),
+    [
+        ("lazy", 128, 64, 2, [63, 65, 111, *[1] * 9]),
+        ("paper", 128, 64, 1, [64, 137, *[1] * 35]),
+    ],
+)
+def test_a_request_equals_the_oracle(schedule, slots, size, group, counts):
+    heads, total = 1, sum(counts)
+    layout = Layout(make_shape(slots, schedule=schedule))
+    batch = tokens(total, heads, group, size, torch.float32)
+    runner = Runner(layout, torch.float32, size, heads=heads, group=group)
+    outputs = drive(runner, batch, counts)
+    expected, caches = oracle(layout, batch, heads, group)
+    assert kept_share(runner, batch, caches) == 1.0
+    assert error(outputs, expected) < 1e-5
+
+
+def test_groups_longer_than_a_tile_equal_the_oracle():
+    """The published schedule's first event halves 320 and 160 entries: psi crosses tiles."""
+    layout = Layout(make_shape(512, schedule="paper"))
+    assert max(op.length for op in layout.event(0).ops) > 128
+    total = layout.shape.first_event + 1
+    batch = tokens(total, 1, 1, 64, torch.float32, seed=8)
+    runner = Runner(layout, torch.float32, 64, heads=1, group=1)
+    outputs = drive(runner, batch, [total])
+    expected, caches = oracle(layout, batch, 1, 1)
+    assert kept_share(runner, batch, caches) == 1.0
+    assert error(outputs, expected) < 1e-5
+
+
+def test_any_chunking_and_batch_keep_the_identical_cache():
+    layout = Layout(make_shape(128))
+    batches = [tokens(170, 1, 2, 64, torch.float16, seed=s) for s in range(2)]
+    states = []
+    for counts in ([170], [100, 69, 1], [127, *[1] * 3, 40]):
+        runner = Runner(layout, torch.float16, 64, heads=1, group=2)
+        outputs = drive(runner, batches[0], counts)
+        assert outputs.isfinite().all(), "no poisoned slot was read"
+        states.append(runner.slots(0))
+    runner = Runner(layout, torch.float16, 64, heads=1, group=2, requests=2)
+    for counts in ((0, 90), (111, 1), (59, 79)):
+        parts = [
+            torch.cat([b[i][n : n + c] for b, n, c in zip(batches, runner.stored, counts,
+                                                         strict=True)])
+            for i in range(3)
+        ]  # fmt: skip
+        runner.prefill(parts, counts)
+    states.append(runner.slots(0))
+    assert all(torch.equal(states[0], other) for other in states[1:])
+
+
+@pytest.mark.parametrize(
+    ("size", "group", "block_size", "dtype"),
+    [
+        (64, 1, 16, torch.float16),
+        (96, 3, 32, torch.float32),
+        (128, 4, 64, torch.float16),
+        (256, 8, 128, torch.float16),
+    ],
+)
+def test_decode_equals_the_reference(size, group, block_size, dtype):
+    """Random layouts; slots and splits that hold nothing are poisoned; one padding request."""
+    layouts = [Layout(make_shape(640, schedule=s)) for s in ("lazy", "paper")]
+    counts = [1, 63, 64, 65, 111, 2047, 5000]
+    heads, requests = 1, len(counts) + 1
+    blocks = -(-640 // block_size)
+    cache = torch.full(
+        (requests * blocks, heads, block_size, 2 * size), torch.nan, dtype=dtype, device=DEVICE
+    )
+    order = torch.randperm(requests * blocks, generator=torch.Generator().manual_seed(2))
+    table = order.view(requests, blocks).int().to(DEVICE)
+    query = torch.randn(requests, heads * group, size).to(dtype).to(DEVICE)
+    live, starts, steps, expected = [], [], [], []
+    for r, count in enumerate(counts):
+        segments = layouts[r % 2].segments(count)
+        live.append(sum(s.length for s in segments))
+        rows = torch.randn(live[-1], heads, 2 * size).to(dtype).to(DEVICE)
+        slot = torch.arange(live[-1], device=DEVICE)
+        cache[table[r].long()[slot // block_size], :, slot % block_size] = rows
+        first, rise = decode.segment_steps(segments)
+        starts.append(torch.from_numpy(first))
+        steps.append(torch.from_numpy(rise))
+        expected.append(reference.decode_attention(query[r], cache, table[r], segments, size**-0.5))
+    empty = decode.segment_steps([])
+    starts.append(torch.from_numpy(empty[0]))
+    steps.append(torch.from_numpy(empty[1]))
+    expected.append(torch.zeros_like(expected[0]))
+    scratch = decode.DecodeScratch(requests, heads * group, size, 640, DEVICE)
+    scratch.part.fill_(torch.nan)
+    scratch.norm.fill_(torch.nan)
+    output = torch.full_like(query, torch.nan)
+    decode.decode_attention(
+        query, cache, table, torch.tensor([*live, 0], dtype=torch.int32, device=DEVICE),
+        torch.stack(starts).to(DEVICE), torch.stack(steps).to(DEVICE), size**-0.5, scratch, output,
+    )  # fmt: skip
+    assert error(output, torch.stack(expected)) < (1e-5 if dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "group", "dtype"),
+    [(64, 1, torch.float32), (96, 3, torch.float16), (128, 4, torch.float32),
+     (256, 2, torch.float16)],
+)  # fmt: skip
+def test_exact_prefill_equals_the_reference(size, group, dtype):
+    """Odd lengths in one plan, then a further chunk of one request over its pages."""
+    layout = Layout(make_shape(256))
+    counts = [1, 63, 65, 111]
+    batches = [tokens(n + 9, 1, group, size, dtype, seed=n) for n in counts]
+    runner = Runner(layout, dtype, size, heads=1, group=group, requests=4, tokens=256)
+    parts = [torch.cat([b[i][:n] for b, n in zip(batches, counts, strict=True)]) for i in range(3)]
+    output = runner.prefill(parts, counts)
+    more = runner.prefill([x[1:10] for x in batches[0]], [9, 0, 0, 0])
+    limit = 1e-5 if dtype == torch.float32 else 2e-3
+    for batch, part in zip(batches, output.split(counts), strict=True):
+        expected = reference.exact_attention(*batch, runner.scale)
+        assert error(part, expected[: len(part)]) < limit
+    assert error(more, reference.exact_attention(*batches[0], runner.scale)[1:]) < limit
+
+
+def test_decode_steps_compact_every_layer_alike():
+    """One launch for several layers and requests, in place, equals one layer at a time."""
+    layout = Layout(make_shape(128))
+    event = layout.event(2)
+    layers, heads, group, size = 2, 1, 2, 64
+    pages = torch.randn(layers, 20, heads, 16, 2 * size).to(DEVICE)
+    table = torch.randperm(20)[:16].view(2, 8).int().to(DEVICE)
+    chunks = [Chunk(event.position, event.position + 1, 0, r, SEED + r) for r in range(2)]
+    plan = StepPlan.make(layout, chunks, group, DEVICE, compacting=True)
+    alone = pages.clone()
+    zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    for layer in range(layers):
+        step.compact_pages(plan, alone[layer], zero, zero + layer, table, FIRST_HEAD, 0.125, group)
+    offsets = torch.arange(layers, device=DEVICE) * pages[0].numel()
+    ids = torch.arange(layers, device=DEVICE)
+    step.compact_pages(plan, pages[0], offsets, ids, table, FIRST_HEAD, 0.125, group)
+    assert torch.equal(pages, alone)
+
+
+gpu = pytest.mark.gpu
+
+
+@gpu
+def test_long_prefill_and_decode_equal_the_oracle():
+    """bf16, real sizes; near-ties may differ by rounding and what they lead to: at most 2%."""
+    layout, heads, group, size, total = Layout(make_shape(1024)), 1, 4, 128, 2600
+    batch = tokens(total, heads, group, size, torch.bfloat16)
+    runner = Runner(layout, torch.bfloat16, size, heads=heads, group=group)
+    counts = [1500, 1000, *[1] * 100]
+    outputs = drive(runner, batch, counts)
+    expected, caches = oracle(layout, batch, heads, group)
+    share = kept_share(runner, batch, caches)
+    print(f"slots that hold the oracle's token: {share:.4f}, error {error(outputs, expected):.2e}")
+    assert share >= 0.98
+    assert error(outputs, expected) < 2e-2
+    other = Runner(layout, torch.bfloat16, size, heads=heads, group=group)
+    drive(other, batch, [2048, 452, *[1] * 100])
+    assert torch.equal(runner.slots(0), other.slots(0)), "the chunking changes the cache"
+
+
+@gpu
+def test_teams_decide_alike():
+    layout, heads, group, size, total = Layout(make_shape(1024)), 8, 4, 128, 6000
+    batch = tokens(total, heads, group, size, torch.bfloat16)
+    runner = Runner(layout, torch.bfloat16, size, heads=heads, group=group)
+    plan = StepPlan.make(layout, [Chunk(0, total, 0, 0, SEED)], group, DEVICE)
+    source = step.chunk_source(plan, *batch[1:], runner.cache, runner.table)
+    rows = step.query_rows(plan, batch[0], runner.cache, runner.zero, runner.table, group)
+    lists = [
+        step.compact(plan, rows, source, runner.zero, 0, runner.scale, 0, Tuning(team=team))
+        for team in (1, 4)
+    ]
+    for k in range(plan.events):
+        stored = layout.event(k).live_after - layout.shape.window
+        first, second = (x[0, k + 1, :, :stored] for x in lists)
+        assert torch.equal(first, second), f"event {k}"

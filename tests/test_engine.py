@@ -1,0 +1,220 @@
+"""The real engine with the real model in float32: budgets, exactness, determinism, no leaks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import realdata
+
+from express_vllm import smallmodel
+
+pytestmark = pytest.mark.server
+BLOCK = 32
+POOL = 48  # blocks: three budgets of 512 fit, eight growing requests do not
+CPU_ATTN_POOL = 49
+
+
+def run_engine(tmp_path, backend, calls, *, environment=None, **engine):
+    """Run `calls` on a fresh engine in a subprocess; -> their results."""
+    output = tmp_path / f"{backend}.json"
+    job = {
+        "engine": {
+            "model": str(smallmodel.ensure()),
+            "attention_backend": backend,
+            "dtype": "float32",
+            "block_size": BLOCK,
+            "num_gpu_blocks_override": POOL,
+            "additional_config": {"express": {"max_memory_tokens": 1024, "memory_tokens": 512}},
+            "kv_cache_memory_bytes": 1 << 30,
+            "enable_prefix_caching": False,
+            "max_num_batched_tokens": 2048,
+            "max_model_len": 8192,
+            **engine,
+        },
+        "calls": calls,
+        "output": str(output),
+    }
+    log = tmp_path / f"{backend}.log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("engine_runner.py"))],
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=file,
+            text=True,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+        )
+        try:
+            process.communicate(json.dumps(job), timeout=900)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the engine's workers outlive the runner
+    text = log.read_text()
+    assert output.exists(), text[-8000:]
+    print(*[line for line in text.splitlines() if line.startswith("[job]")], sep="\n")
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smallmodel.ensure())
+    return tokenizer(realdata.text())["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def prompts(tokens):
+    """22 short prompts from different places of the text."""
+    return [tokens[start : start + 24 + 4 * i] for i, start in enumerate(range(0, 22000, 1000))]
+
+
+def request(prompt, max_tokens, **fields):
+    extra = {f"express_{name}": value for name, value in fields.items()}
+    return {"prompt": prompt, "max_tokens": max_tokens, "extra_args": extra or None, "margin": True}
+
+
+def same_tokens(first, second):
+    return sum(a == b for a, b in zip(first["tokens"], second["tokens"], strict=True))
+
+
+@pytest.fixture(scope="module")
+def workload(tokens, prompts):
+    seeded = request(tokens[500:1400], 32, memory_tokens=512, seed=11)
+    others = [
+        request(tokens[i * 300 : i * 300 + 100 + 60 * i], 24 + i, memory_tokens=192 + 32 * i)
+        for i in range(8)
+    ]
+    growing = [request(tokens[i * 700 : i * 700 + 150], 70, memory_tokens=192) for i in range(8)]
+    aborted = [request(tokens[i * 100 : i * 100 + 400], 64, memory_tokens=256) for i in range(50)]
+    return {
+        "short": [request(p, 24) for p in prompts],
+        "short_fits": [request(p, 24, memory_tokens=512) for p in prompts],
+        "short_exact": [request(p, 24, mode="exact") for p in prompts],
+        "seeded": seeded,
+        "mixed": [seeded, *others],
+        "growing": growing,
+        "aborted": aborted,
+    }
+
+
+@pytest.fixture(scope="module")
+def express(tmp_path_factory, workload):
+    """Every express job, on one engine."""
+    w = workload
+    calls = {
+        "fits": ("generate", {"requests": w["short_fits"]}),
+        "exact": ("generate", {"requests": w["short_exact"]}),
+        "alone": ("generate", {"requests": [w["seeded"]]}),
+        "again": ("generate", {"requests": [w["seeded"]]}),
+        "batch": ("generate", {"requests": w["mixed"]}),
+        "chunks": ("generate", {"requests": [w["seeded"]], "max_batched_tokens": 256}),
+        # 400-token prompts in chunks of 256: step 1 is mid-prefill, the others mid-decode.
+        "aborts": ("aborts", {"requests": w["aborted"], "steps": [1, 2, 3, 4, 6] * 10}),
+        "preempted": ("generate", {"requests": w["growing"], "max_batched_tokens": 2048}),
+        "unpreempted": ("alone", {"requests": w["growing"]}),
+    }
+    results = run_engine(tmp_path_factory.mktemp("express"), "express", list(calls.values()))
+    return dict(zip(calls, results, strict=True))
+
+
+@pytest.fixture(scope="module")
+def cpu_attention(tmp_path_factory, workload):
+    """The same jobs with vLLM's own backend, which knows no budgets."""
+
+    def plain(requests):
+        return [{**r, "extra_args": None} for r in requests]
+
+    calls = {
+        "short": ("generate", {"requests": workload["short"]}),
+        "alone": ("generate", {"requests": plain([workload["seeded"]])}),
+        "batch": ("generate", {"requests": plain(workload["mixed"])}),
+        "chunks": (
+            "generate",
+            {"requests": plain([workload["seeded"]]), "max_batched_tokens": 256},
+        ),
+        "preempted": (
+            "generate",
+            {"requests": plain(workload["growing"]), "max_batched_tokens": 2048},
+        ),
+        "unpreempted": ("alone", {"requests": plain(workload["growing"])}),
+    }
+    folder = tmp_path_factory.mktemp("cpu")
+    results = run_engine(
+        folder, "CPU_ATTN", list(calls.values()), num_gpu_blocks_override=CPU_ATTN_POOL,
+        max_model_len=(CPU_ATTN_POOL - 1) * BLOCK,
+    )  # fmt: skip
+    return dict(zip(calls, results, strict=True))
+
+
+def test_a_request_holds_at_most_its_budget(express):
+    assert express["alone"]["peak_blocks"] == math.ceil(512 / BLOCK)
+    assert express["preempted"]["peak_blocks"] == math.ceil(192 / BLOCK)
+
+
+def test_a_fitting_budget_is_exact_mode_to_the_byte(express):
+    assert express["fits"]["texts"] == express["exact"]["texts"]
+    assert express["fits"]["tokens"] == express["exact"]["tokens"]
+
+
+def test_a_fitting_budget_gives_the_text_of_cpu_attention(express, cpu_attention):
+    assert len(cpu_attention["short"]["texts"]) >= 20
+    assert express["fits"]["texts"] == cpu_attention["short"]["texts"]
+
+
+def test_the_same_request_gives_the_same_tokens_again(express):
+    assert express["alone"]["tokens"] == express["again"]["tokens"]
+
+
+@pytest.mark.parametrize("change", ["batch", "chunks"])
+def test_batch_and_chunk_do_not_change_a_request(express, cpu_attention, change):
+    """Where vLLM's own backend keeps its tokens under the same change, so do we."""
+    ours = express["alone"]["tokens"][0] == express[change]["tokens"][0]
+    theirs = cpu_attention["alone"]["tokens"][0] == cpu_attention[change]["tokens"][0]
+    assert ours or not theirs
+
+
+def test_preemption_does_not_change_a_request(express, cpu_attention):
+    assert express["preempted"]["preemptions"] > 0, "the pool is small enough to preempt"
+    ours = same_tokens(express["preempted"], express["unpreempted"])
+    theirs = same_tokens(cpu_attention["preempted"], cpu_attention["unpreempted"])
+    print(f"unchanged of 8: express {ours}, CPU_ATTN {theirs}")
+    assert ours >= min(theirs, 8)
+
+
+def test_no_request_leaks_a_block(express):
+    for name in ("fits", "alone", "batch", "chunks", "preempted"):
+        assert express[name]["leaked"] == 0
+        assert express[name]["budgets_left"] == 0
+
+
+def test_aborts_return_every_block(express):
+    aborts = express["aborts"]
+    assert aborts["after"] == aborts["before"]
+    assert aborts["budgets_left"] == 0
+    assert max(aborts["held"]) == math.ceil(256 / BLOCK) and min(aborts["held"]) > 0
+
+
+def test_three_tensor_parallel_ranks_give_the_tokens_of_one(tmp_path, express, workload):
+    calls = [
+        ("generate", {"requests": [workload["seeded"]]}),
+        ("generate", {"requests": workload["short_fits"][:8]}),
+    ]
+    alone, short = run_engine(
+        tmp_path, "express", calls, tensor_parallel_size=3, worker_cls="gloo_worker.GlooWorker",
+        environment={
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parent),
+        },
+    )  # fmt: skip
+    assert alone["tokens"] == express["alone"]["tokens"]
+    assert short["tokens"] == express["fits"]["tokens"][:8]
