@@ -17,17 +17,14 @@ import triton.language as tl
 from express_vllm.layout import DRAW, RING_ROWS
 from express_vllm.rng import STREAM_COMPLEMENT, STREAM_DRAW, STREAM_SIGN
 
-from . import plan
+from . import columns
 from .halving import kernel_tile, load_points, walk_half
 from .rows import event_key, mix, slot_rows
 
 ROWS = tl.constexpr(RING_ROWS)
 _SIGN, _COMPLEMENT = tl.constexpr(STREAM_SIGN), tl.constexpr(STREAM_COMPLEMENT)
 _DRAWN, _DRAW = tl.constexpr(STREAM_DRAW), tl.constexpr(DRAW)
-_HEADER, _OP = tl.constexpr(plan.HEADER), tl.constexpr(plan.OP)
 _LOW = tl.constexpr(-1.0e30)
-
-_REQUEST, _INSTANCE = tl.constexpr(plan.REQUEST), tl.constexpr(plan.INSTANCES)
 
 
 @triton.jit
@@ -44,13 +41,15 @@ def score_recent_kernel(
     """Attention scores of an event's query rows on its incoming tokens, and the running maximum and
     sum of exponentials over all its recent tokens, causal."""
     i_instance, i_head, i_layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_request = tl.load(instances + i_instance * _INSTANCE)
-    request = requests + i_request * _REQUEST
-    header = headers + tl.load(instances + i_instance * _INSTANCE + 1) * _HEADER
-    position, stored = tl.load(header), tl.load(header + 1)
-    incoming, live = tl.load(header + 2), tl.load(header + 3)
-    recent = (tl.load(request + 3) + position - live).to(tl.int32)  # source index - slot
-    i_table = tl.load(request + 7)
+    i_request = tl.load(instances + i_instance * columns.INSTANCES)
+    request = requests + i_request * columns.REQUEST
+    header = headers + tl.load(instances + i_instance * columns.INSTANCES + 1) * columns.HEADER
+    position, stored = tl.load(header + columns.POSITION), tl.load(header + columns.STORED)
+    incoming, live = tl.load(header + columns.INCOMING), tl.load(header + columns.LIVE)
+    recent = (tl.load(request + columns.SHIFT) + position - live).to(
+        tl.int32
+    )  # source index - slot
+    i_table = tl.load(request + columns.TABLE)
     p_slots = pages + tl.multiple_of(tl.load(layer_offsets + i_layer), 16) + i_head * s_head
     if BLOCK_SIZE == 0:
         p_slots += i_request.to(tl.int64) * s_page
@@ -166,14 +165,20 @@ def compact_kernel(
     for task in range(team, tasks, tl.num_programs(0) // TEAM):
         i_head = task % heads
         i_request = (task // heads) % request_count
-        request = requests + i_request * _REQUEST
+        request = requests + i_request * columns.REQUEST
         i_layer = task // (heads * request_count)
-        event_first = tl.load(request).to(tl.int32)
-        events = tl.load(request + 1).to(tl.int32)
-        move = tl.load(request + 3)
-        seed_low, seed_high = tl.load(request + 5).to(tl.uint32), tl.load(request + 6).to(tl.uint32)
-        i_table = tl.load(request + 7)
-        list_first, instance_first = tl.load(request + 8), tl.load(request + 9)
+        event_first = tl.load(request + columns.EVENT).to(tl.int32)
+        events = tl.load(request + columns.EVENTS).to(tl.int32)
+        move = tl.load(request + columns.SHIFT)
+        seed_low, seed_high = (
+            tl.load(request + columns.SEED_LOW).to(tl.uint32),
+            tl.load(request + columns.SEED_HIGH).to(tl.uint32),
+        )
+        i_table = tl.load(request + columns.TABLE)
+        list_first, instance_first = (
+            tl.load(request + columns.LIST),
+            tl.load(request + columns.INSTANCE),
+        )
         p_slots = pages + tl.multiple_of(tl.load(layer_offsets + i_layer), 16) + i_head * s_head
         if BLOCK_SIZE == 0:
             p_slots += tl.cast(i_request, tl.int64) * s_page
@@ -181,17 +186,17 @@ def compact_kernel(
         layer = (first_layer + tl.load(layer_ids + i_layer)).to(tl.uint32)
         p_list = lists + ((i_layer * list_rows + list_first) * heads + i_head) * width
         if skip == 0:  # the state before the first event: the stored slots as they are
-            known = tl.load(headers + event_first * _HEADER + 1)
+            known = tl.load(headers + event_first * columns.HEADER + columns.STORED)
             for j in range(0, known, WIDE):
                 o_j = j + tl.arange(0, WIDE)
                 tl.store(p_list + o_j, o_j, mask=o_j < known)
             tl.debug_barrier()
         for e in range(skip, tl.minimum(events, skip + limit)):
-            header = headers + (event_first + e) * _HEADER
-            position, stored = tl.load(header), tl.load(header + 1)
-            incoming, live = tl.load(header + 2), tl.load(header + 3)
-            after, round_first = tl.load(header + 4), tl.load(header + 5)
-            round_count, final = tl.load(header + 6), tl.load(header + 7)
+            header = headers + (event_first + e) * columns.HEADER
+            position, stored = tl.load(header + columns.POSITION), tl.load(header + columns.STORED)
+            incoming, live = tl.load(header + columns.INCOMING), tl.load(header + columns.LIVE)
+            after, round_first = tl.load(header + columns.AFTER), tl.load(header + columns.ROUND)
+            round_count, final = tl.load(header + columns.ROUNDS), tl.load(header + columns.FINAL)
             recent = (move + position - live).to(tl.int32)
             p_old = p_list + e * heads * width
             base = stored + incoming  # virtual ids from here on are outputs
@@ -210,7 +215,7 @@ def compact_kernel(
                 b_q = tl.load(
                     rows + (i_row + o_r[:, None]) * D + o_d[None, :], mask=m_d[None, :], other=0.0
                 )
-                p_bias = bias + tl.load(header + 8)
+                p_bias = bias + tl.load(header + columns.BIAS)
                 p_tile = p_shared + (e % 2) * part
                 p_score = score + i_row * score_width
                 for first in range(member * BLOCK, stored, TEAM * BLOCK):
@@ -287,29 +292,31 @@ def compact_kernel(
                     tl.load(rounds + 2 * i_round),
                     tl.load(rounds + 2 * i_round + 1),
                 )
-                op = ops + op_first * _OP
-                if tl.load(op) == _DRAW:
-                    length, seen = tl.load(op + 1), tl.load(op + 2)
-                    draw = mix(mix(mix(event, tl.load(op + 3).to(tl.uint32)), _DRAWN), 0)
+                op = ops + op_first * columns.OP
+                if tl.load(op + columns.KIND) == _DRAW:
+                    length, seen = tl.load(op + columns.LENGTH), tl.load(op + columns.SEEN)
+                    draw = mix(
+                        mix(mix(event, tl.load(op + columns.INDEX).to(tl.uint32)), _DRAWN), 0
+                    )
                     entries = length + seen - tl.where(seen > 0, 1, 0)
                     # floor(u * entries) in integers: fp32 would round the product.
                     ticket = (((draw >> 8).to(tl.int64) * entries) >> 24).to(tl.int32)
                     ticket = tl.where(seen > 0, tl.maximum(ticket - seen + 1, 0), ticket)
-                    drawn = tl.load(ids + tl.load(op + 4) + ticket)
+                    drawn = tl.load(ids + tl.load(op + columns.INPUTS) + ticket)
                     p_drawn = p_virtual + drawn
                     if drawn >= base:
                         p_drawn = p_output + drawn - base
-                    tl.store(p_output + tl.load(op + 5) - base, tl.load(p_drawn))
+                    tl.store(p_output + tl.load(op + columns.OUTPUT) - base, tl.load(p_drawn))
                 else:
                     mine = tl.minimum(member * G, op_count)
-                    op += mine * _OP
+                    op += mine * columns.OP
                     op_count = tl.minimum(op_count - mine, G)
                     m_g = o_g < op_count
-                    p_op = op + o_g * _OP
-                    b_length = tl.load(p_op + 1, mask=m_g, other=0)
-                    b_index = tl.load(p_op + 3, mask=m_g, other=0).to(tl.uint32)
-                    b_inputs = tl.load(p_op + 4, mask=m_g, other=0)
-                    b_output = tl.load(p_op + 5, mask=m_g, other=0)
+                    p_op = op + o_g * columns.OP
+                    b_length = tl.load(p_op + columns.LENGTH, mask=m_g, other=0)
+                    b_index = tl.load(p_op + columns.INDEX, mask=m_g, other=0).to(tl.uint32)
+                    b_inputs = tl.load(p_op + columns.INPUTS, mask=m_g, other=0)
+                    b_output = tl.load(p_op + columns.OUTPUT, mask=m_g, other=0)
                     b_op = mix(tl.zeros([G], tl.uint32) + event, b_index)
                     b_key = mix(b_op, tl.full([G], _SIGN, tl.uint32))
                     b_flip = mix(b_op, tl.full([G], _COMPLEMENT, tl.uint32))
@@ -320,13 +327,16 @@ def compact_kernel(
                     most_root = bound2
                     if TILES > 1 or KIND != 0:
                         bound2, shift, mean2 = measure(
-                            tl.load(op + 1), ids + tl.load(op + 4), p_virtual, p_output, base,
-                            p_mean, p_slots, p_table, s_page, s_slot, D, D_PAD, P, BLOCK_SIZE, KIND,
+                            tl.load(op + columns.LENGTH), ids + tl.load(op + columns.INPUTS), p_virtual,
+                            p_output, base, p_mean, p_slots, p_table, s_page, s_slot, D, D_PAD, P, BLOCK_SIZE, KIND,
                         )  # fmt: skip
                     longest = tl.max(b_length, 0)
                     for i_tile in range(tl.cdiv(longest, 2 * P)):
                         for g in range(op_count):
-                            length, inputs = tl.load(op + g * _OP + 1), tl.load(op + g * _OP + 4)
+                            length, inputs = (
+                                tl.load(op + g * columns.OP + columns.LENGTH),
+                                tl.load(op + g * columns.OP + columns.INPUTS),
+                            )
                             b_ka, b_va, b_na, b_ma, b_kb, b_vb, b_nb, b_mb = load_pairs(
                                 i_tile * P, length, ids + inputs, p_virtual, p_output, base, p_mean,
                                 p_slots, p_table, s_page, s_slot, D, D_PAD, P, BLOCK_SIZE, KIND,

@@ -7,11 +7,10 @@ import triton.language as tl
 
 from express_vllm.layout import RING_ROWS
 
-from . import plan
+from . import columns
 from .rows import slot_rows
 
 ROWS = tl.constexpr(RING_ROWS)
-_REQUEST, _INSTANCE = tl.constexpr(plan.REQUEST), tl.constexpr(plan.INSTANCES)
 
 
 @triton.jit
@@ -36,15 +35,15 @@ def query_rows_kernel(
 ):  # fmt: skip
     """The query rows of an event: from the ring those before the step, from the step the others."""
     i_instance, i_head, i_layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    instance = instances + i_instance * _INSTANCE
-    request = requests + tl.load(instance) * _REQUEST
+    instance = instances + i_instance * columns.INSTANCES
+    request = requests + tl.load(instance) * columns.REQUEST
     kept = tl.load(instance + 2)
     o_r, o_d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
     m_d = o_d < D
     m_ring = o_r < kept
-    p_table = table + tl.load(request + 7) * s_table
+    p_table = table + tl.load(request + columns.TABLE) * s_table
     p_slots = tl.multiple_of(pages + tl.load(layer_offsets + i_layer) + i_head * s_head, 16)
-    ring = tl.load(request + 13).to(tl.int32)
+    ring = tl.load(request + columns.RING).to(tl.int32)
     i_slot = tl.where(m_ring, ring + o_r // 2, 0)
     p_ring = slot_rows(i_slot, p_slots, p_table, s_page, s_slot, BLOCK_SIZE) + (o_r % 2) * D
     b_row = tl.load(p_ring[:, None] + o_d[None, :], mask=m_ring[:, None] & m_d[None, :], other=0.0)
@@ -65,19 +64,19 @@ def keep_rows_kernel(
 ):  # fmt: skip
     """Store in the ring the step's query rows that the event after the step will need."""
     i_request, i_head = tl.program_id(0), tl.program_id(1)
-    request = requests + i_request * _REQUEST
-    ring = tl.load(request + 13).to(tl.int32)
-    start = tl.load(request + 2) - tl.load(request + 3)
+    request = requests + i_request * columns.REQUEST
+    ring = tl.load(request + columns.RING).to(tl.int32)
+    start = tl.load(request + columns.OLD) - tl.load(request + columns.SHIFT)
     o_r, o_d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
     m_d = o_d < D
-    position = tl.load(request + 14) + o_r
-    m = (position >= start) & (position < tl.where(ring >= 0, tl.load(request + 12), 0))
-    p_query = query + (tl.load(request + 4) + position - start) * s_query
+    position = tl.load(request + columns.RING_FROM) + o_r
+    m = (position >= start) & (position < tl.where(ring >= 0, tl.load(request + columns.STOP), 0))
+    p_query = query + (tl.load(request + columns.TOKEN) + position - start) * s_query
     b_row = group_mean(
         p_query + i_head * GROUP * s_query_head, m, s_query_head, o_d, m_d, GROUP,
         pages.dtype.element_ty,
     )  # fmt: skip
-    p_table = table + tl.load(request + 7) * s_table
+    p_table = table + tl.load(request + columns.TABLE) * s_table
     i_slot = tl.where(m, ring + o_r // 2, 0)
     p_row = slot_rows(i_slot, pages + i_head * s_head, p_table, s_page, s_slot, BLOCK_SIZE)
     p_row += (o_r % 2) * D
@@ -93,10 +92,10 @@ def gather_kernel(
 ):  # fmt: skip
     """Copy a request's live slots out of its pages."""
     i_request, i_head, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK
-    request = requests + i_request * _REQUEST
+    request = requests + i_request * columns.REQUEST
     i_slot = first + tl.arange(0, BLOCK)
-    m_slot = i_slot < tl.load(request + 2)
-    p_table = table + tl.load(request + 7) * s_table
+    m_slot = i_slot < tl.load(request + columns.OLD)
+    p_table = table + tl.load(request + columns.TABLE) * s_table
     p_row = slot_rows(
         tl.where(m_slot, i_slot, 0), pages + i_head * s_head, p_table, s_page, s_slot, BLOCK_SIZE
     )
@@ -116,13 +115,13 @@ def append_kernel(
 ):  # fmt: skip
     """Copy a request's new tokens behind its old slots."""
     i_block, i_head, i_request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    request = requests + i_request * _REQUEST
-    old = tl.load(request + 2)
+    request = requests + i_request * columns.REQUEST
+    old = tl.load(request + columns.OLD)
     i_token = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m_token = i_token < tl.load(request + 12) - (old - tl.load(request + 3))
+    m_token = i_token < tl.load(request + columns.STOP) - (old - tl.load(request + columns.SHIFT))
     o_d = tl.arange(0, D_PAD)
     m = m_token[:, None] & (o_d < D)[None, :]
-    i_row = tl.load(request + 4) + i_token
+    i_row = tl.load(request + columns.TOKEN) + i_token
     p_k = key + i_row * s_key + i_head * s_key_head
     p_v = value + i_row * s_value + i_head * s_value_head
     b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m)
@@ -144,14 +143,19 @@ def scatter_kernel(
     Entries are read from their dense copy, so nothing overwritten is read.
     """
     i_request, i_head, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK
-    request = requests + i_request * _REQUEST
-    events, old = tl.load(request + 1), tl.load(request + 2).to(tl.int32)
-    stored, live = tl.load(request + 10).to(tl.int32), tl.load(request + 11).to(tl.int32)
+    request = requests + i_request * columns.REQUEST
+    events, old = tl.load(request + columns.EVENTS), tl.load(request + columns.OLD).to(tl.int32)
+    stored, live = (
+        tl.load(request + columns.FINAL_STORED).to(tl.int32),
+        tl.load(request + columns.FINAL_LIVE).to(tl.int32),
+    )
     i_slot = first + tl.arange(0, BLOCK)
     m_slot = (i_slot < live) & (i_slot >= tl.where(events > 0, 0, old))
-    p_list = lists + ((tl.load(request + 8) + events) * heads + i_head) * width
+    p_list = lists + ((tl.load(request + columns.LIST) + events) * heads + i_head) * width
     i_source = tl.load(p_list + i_slot, mask=m_slot & (i_slot < stored), other=0)
-    recent = (tl.load(request + 12) - live + tl.load(request + 3)).to(tl.int32)
+    recent = (tl.load(request + columns.STOP) - live + tl.load(request + columns.SHIFT)).to(
+        tl.int32
+    )
     i_source = tl.where(i_slot < stored, i_source, i_slot + recent)
     i_source = tl.where(m_slot, i_source, 0)
     p_slots = dense + i_request.to(tl.int64) * s_dense + i_head * s_dense_head
@@ -159,7 +163,7 @@ def scatter_kernel(
     o_d = tl.arange(0, 2 * D_PAD)
     m = m_slot[:, None] & (o_d < 2 * D)[None, :]
     b_row = tl.load(p_from[:, None] + o_d[None, :], mask=m)
-    p_table = table + tl.load(request + 7) * s_table
+    p_table = table + tl.load(request + columns.TABLE) * s_table
     p_row = slot_rows(
         tl.where(m_slot, i_slot, 0), pages + i_head * s_head, p_table, s_page, s_slot, BLOCK_SIZE
     )
@@ -171,27 +175,34 @@ def move_kernel(
     pages, layer_offsets, table, requests, lists,
     spare,  # [programs, slots, COLUMNS]
     s_page, s_head, s_slot, s_table, units, request_count, heads, list_rows, width, slots,
-    columns: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    row: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Rewrite pages in place as an event without new tokens left them, COLUMNS of a row at a time.
 
     Entries move both ways (chosen heavy hitters down, ejected ones up), so a unit of work reads all
     its moved rows into `spare` before it writes the first one.
     """
-    slices = tl.cdiv(columns, COLUMNS)
+    slices = tl.cdiv(row, COLUMNS)
     p_spare = spare + tl.program_id(0).to(tl.int64) * slots * COLUMNS
     o_c = tl.arange(0, COLUMNS)
     for unit in range(tl.program_id(0), units, tl.num_programs(0)):
         o_column = (unit % slices) * COLUMNS + o_c
-        m_column = o_column < columns
+        m_column = o_column < row
         i_head = (unit // slices) % heads
-        request = requests + (unit // slices // heads) % request_count * _REQUEST
+        request = requests + (unit // slices // heads) % request_count * columns.REQUEST
         i_layer = unit // slices // heads // request_count
-        stored, live = tl.load(request + 10).to(tl.int32), tl.load(request + 11).to(tl.int32)
-        gap = tl.load(request + 2).to(tl.int32) - live
-        p_table = table + tl.load(request + 7) * s_table
+        stored, live = (
+            tl.load(request + columns.FINAL_STORED).to(tl.int32),
+            tl.load(request + columns.FINAL_LIVE).to(tl.int32),
+        )
+        gap = tl.load(request + columns.OLD).to(tl.int32) - live
+        p_table = table + tl.load(request + columns.TABLE) * s_table
         p_slots = tl.multiple_of(pages + tl.load(layer_offsets + i_layer) + i_head * s_head, 16)
-        i_list = i_layer * list_rows + tl.load(request + 8) + tl.load(request + 1)
+        i_list = (
+            i_layer * list_rows
+            + tl.load(request + columns.LIST)
+            + tl.load(request + columns.EVENTS)
+        )
         p_list = lists + (i_list * heads + i_head) * width
         for first in range(0, live, BLOCK):
             i_slot = first + tl.arange(0, BLOCK)

@@ -24,7 +24,7 @@ TILE_POINTS = 2 * PAIRS
 
 #: Columns of `EventTables.headers`, int32.  STORED: slots before the incoming tokens, LIVE: all
 #: live slots before the event, AFTER: slots before the exact recent ones after it; ROUND and FINAL
-#: are offsets into `rounds` and `ids`, BIAS into `bias` (log2 weights of the stored slots before it).
+#: are offsets into `rounds` and `ids`, BIAS into `bias` (log2 weights of its stored slots).
 POSITION, STORED, INCOMING, LIVE, AFTER, ROUND, ROUNDS, FINAL, BIAS = range(9)
 HEADER = 9
 #: Columns of `EventTables.ops`: INDEX feeds the random bits; INPUTS is an offset into `ids`.
@@ -33,8 +33,8 @@ OP = 6
 
 #: Columns of a step's request table, int64 (`step.StepPlan`): first EVENT and number of EVENTS of
 #: the step, OLD live slots before it, SHIFT from a position to its source index, batch row of its
-#: first TOKEN, seed words, block TABLE row, first LIST row and event INSTANCE, then the state after the
-#: step: FINAL_STORED, FINAL_LIVE, token count STOP; first slot of the query RING (-1: none) and the
+#: first TOKEN, seed words, block TABLE row, first LIST row and event INSTANCE, then the state after
+#: the step: FINAL_STORED, FINAL_LIVE, token count STOP; first slot of the query RING (-1: none) and the
 #: position RING_FROM of its row 0.
 (EVENT, EVENTS, OLD, SHIFT, TOKEN, SEED_LOW, SEED_HIGH, TABLE, LIST, INSTANCE, FINAL_STORED,
  FINAL_LIVE, STOP, RING, RING_FROM) = range(15)  # fmt: skip

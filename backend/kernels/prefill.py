@@ -10,10 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import plan
+from . import columns
 from .rows import slot_rows
-
-_ITEM = tl.constexpr(plan.ITEM)
 
 
 @triton.jit
@@ -53,7 +51,7 @@ def prefill_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    item, i_head = items + tl.program_id(0) * _ITEM, tl.program_id(1)
+    item, i_head = items + tl.program_id(0) * columns.ITEM, tl.program_id(1)
     row, count = tl.load(item), tl.load(item + 1)
     i_list, stored = tl.load(item + 2).to(tl.int64), tl.load(item + 3)
     p_bias = bias + tl.load(item + 4)

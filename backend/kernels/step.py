@@ -209,7 +209,8 @@ def compact(
         score_recent_kernel[(instances, heads, layers)](
             rows, score, peak, total, step.instances, step.requests, tables.headers,
             *source.arguments(), *source.strides(), scale, heads, instances, shape.heavy,
-            score.shape[-1], size, padded, 64 if padded > 128 else 128, source.block_size, num_warps=4, num_stages=2,
+            score.shape[-1], size, padded, 64 if padded > 128 else 128, source.block_size,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
     tiles = triton.cdiv(tables.longest, plan.TILE_POINTS)
     tasks = layers * step.count * heads
@@ -243,7 +244,8 @@ def compact(
             step.width, score.shape[-1], scratch_width, virtual_width, shared_width,
             skip, limit, size, padded, columns, team, score_tiles, block, group, pairs, tiles,
             source.block_size, HAS_HEAVY=shape.heavy > 0,
-            KIND=EXPONENTIAL if kind == "exponential" else GAUSSIAN, WIDE=2048, num_warps=tuning.warps, num_stages=tuning.stages,
+            KIND=EXPONENTIAL if kind == "exponential" else GAUSSIAN, WIDE=2048,
+            num_warps=tuning.warps, num_stages=tuning.stages,
         )  # fmt: skip
     return lists
 
