@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
+import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,6 +18,8 @@ from express_vllm.scheduler.spec import ExpressSpec
 
 if TYPE_CHECKING:
     from .metadata import ExpressMetadata
+
+logger = logging.getLogger("vllm.express")
 
 
 class ExpressBackend(AttentionBackend):
@@ -43,6 +49,11 @@ class ExpressBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         return ExpressSpec.of(spec)
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        """Asked by vLLM's GPU platforms; the CPU platform of this project asks `check_layer`."""
+        return ["express-vllm runs on CPUs only so far: its CUDA integration is not built yet"]
 
     @classmethod
     def check_layer(cls, selector: Any) -> None:
@@ -90,6 +101,7 @@ class ExpressImpl(AttentionImpl["ExpressMetadata"]):
         self.kv_cache_dtype = kv_cache_dtype
         self.first_kv_head = first_kv_head(self.num_kv_heads)
         self._path: Any = None
+        load_kernels()
 
     def forward(
         self,
@@ -121,6 +133,18 @@ class ExpressImpl(AttentionImpl["ExpressMetadata"]):
             layer_index(layer.layer_name), self.first_kv_head, self.num_kv_heads,
             self.num_heads // self.num_kv_heads, self.head_size, self.scale,
         )  # fmt: skip
+
+
+@functools.cache
+def load_kernels() -> None:
+    """Compile or load this device's kernels now, not in the first request."""
+    from . import cpu
+
+    start = time.monotonic()
+    if not cpu.compiled():
+        logger.info("express: compiling the CPU kernels, once (half a minute) ...")
+    importlib.import_module(f"{cpu.__name__}.path")
+    logger.info("express: CPU kernels ready after %.1f s", time.monotonic() - start)
 
 
 def layer_index(name: str) -> int:

@@ -52,7 +52,7 @@ class SequencePlan:
 
 @dataclass
 class RingWrite:
-    """Decode tokens whose query row must be kept: batch rows, pool slots and the half of the slot."""
+    """Decode tokens whose query row must be kept: batch rows, pool slots, halves of the slots."""
 
     tokens: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)

@@ -6,8 +6,8 @@ knows every slot count in advance and weights need no storage.
 
 Slots of one request, per layer and KV head (`Shape` holds the sizes)::
 
-    [ sinks | heavy hitters | coreset: heavy levels ... light levels | recent tokens )  free  [ ring ]
-    0                                                            live(n)            slots-ring   slots
+    [ sinks | heavy hitters | coreset: heavy ... light levels | recent tokens )  free  [ ring ]
+    0                                                                     live(n)  slots-ring  slots
 
 A level w holds entries of weight 2^w.  A halving takes the *oldest* entries of a level, keeps one
 of each pair and appends them to the next heavier level, so that every level stays one contiguous,
@@ -67,7 +67,7 @@ class Shape:
     """Static sizes of a budget's cache, in slots per layer and KV head.
 
     `slots` is the most that the request ever holds; `ring` of them, the last ones, keep queries.
-    `capacity` is the coreset's area (lazy); `target` and `inflation` are the paper's n_out and m-bar.
+    `capacity` is the coreset's area (lazy); `target`, `inflation` are the paper's n_out and m-bar.
     """
 
     schedule: str
@@ -117,8 +117,8 @@ def make_shape(
 ) -> Shape:
     """Divide `slots` among sinks, heavy hitters, coreset, window, interval and ring.
 
-    `None` picks the default: a quarter for the window, an eighth for heavy hitters and, as a power of
-    two, for the interval.  Raises ValueError if no room is left for a coreset.
+    `None` picks the default: a quarter for the window, an eighth for heavy hitters and, as a power
+    of two, for the interval.  Raises ValueError if no room is left for a coreset.
     """
     if slots < MIN_SLOTS:
         raise ValueError(f"a cache needs at least {MIN_SLOTS} slots, got {slots}")
@@ -152,10 +152,10 @@ def make_shape(
 
 
 def _paper_shape(slots: int, sinks: int, window: int | None, interval: int | None) -> Shape:
-    """n_out = floor((slots - sinks - window - interval) / 6), rounded down to a multiple of 2^inflation.
+    """n_out = floor((slots - sinks - window - interval - 1) / 6), a multiple of 2^inflation.
 
-    2^inflation = Theta(n_out) with a constant that leaves at least 16 entries to the smallest group,
-    so that every group is even.  The slots that the rounding frees go to the window.
+    2^inflation = Theta(n_out), with a constant that leaves at least 16 entries to the smallest
+    group, so that every group is even.  The slots that the rounding frees go to the window.
     """
     window = 32 if window is None else window
     interval = 32 if interval is None else interval
@@ -163,8 +163,8 @@ def _paper_shape(slots: int, sinks: int, window: int | None, interval: int | Non
     target = room // 6
     if target < 8:
         raise ValueError(
-            f"{slots} slots leave {room} for the coreset beside {sinks} sinks, a window of {window} "
-            f"and an interval of {interval}; the paper schedule needs at least 48"
+            f"{slots} slots leave {room} for the coreset beside {sinks} sinks, a window of "
+            f"{window} and an interval of {interval}; the paper schedule needs at least 48"
         )
     inflation = max(1, target.bit_length() - 3)
     target -= target % (1 << inflation)
@@ -214,7 +214,7 @@ class Layout:
         return [self.event(k) for k in range(self.events_done(start), self.events_done(stop))]
 
     def live(self, tokens: int) -> int:
-        """Slots that hold keys and values of `tokens` stored tokens: what the next token attends."""
+        """Slots that hold keys and values when `tokens` tokens are stored."""
         done = self.events_done(tokens)
         if done == 0:
             return tokens
@@ -294,8 +294,8 @@ class _Area:
 class _LazyPolicy:
     """Keep the area full: on overflow halve the oldest entries of the most oversized level.
 
-    Target sizes are proportional to rho^(top - level): with rho = 1 every weight level gets the same
-    number of slots (recent tokens stay dense), with rho < 1 heavier, older levels get more.
+    Target sizes are proportional to rho^(top - level): with rho = 1 every weight level gets the
+    same number of slots (recent tokens stay dense), with rho < 1 heavier, older levels get more.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -328,9 +328,9 @@ class _LazyPolicy:
 class _PaperPolicy:
     """Published Express: exact, halve and thin phases with streaming Compress2.
 
-    With the coreset at weight 2^m, thinning level w (base <= w < m, base = max(0, m - m-bar)) collects
-    groups of n_out * 2^(w + 2 - m) entries and halves each full group into level w + 1; the top
-    level's half joins the coreset.  At 4 * n_out the coreset is halved twice and m grows by two.
+    With the coreset at weight 2^m, thinning level w (base <= w < m, base = max(0, m - m-bar))
+    collects groups of n_out * 2^(w + 2 - m) entries and halves each full group into level w + 1;
+    the top level's half joins the coreset.  At 4 * n_out the coreset is halved twice and m grows by two.
     Above m-bar one of every 2^base incoming tokens is drawn uniformly (a reservoir of one entry).
     """
 

@@ -1,8 +1,8 @@
 """Counter-based random bits: a pure function of (seed, layer, KV head, event position, ...).
 
 Nothing else may feed the algorithm's randomness: not the batch, the chunk, the rank or the time.
-The mixing is 32-bit (multiply, xor-shift: the finaliser of MurmurHash3, one round per word), so that
-the compiled paths can repeat it bit for bit.
+The mixing is 32-bit (multiply, xor-shift: the finaliser of MurmurHash3, one round per word), so
+that the compiled paths can repeat it bit for bit.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Server:
     def metric(self, name):
         """The value of a metric with a single sample."""
         for line in self.client.get("/metrics").text.splitlines():
-            if line.startswith(name + "{") or line.startswith(name + " "):
+            if line.startswith((name + "{", name + " ")):
                 return float(line.rsplit(" ", 1)[1])
         raise KeyError(name)
 

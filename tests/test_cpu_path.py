@@ -1,5 +1,7 @@
 """One layer on the CPU path, over real pages: against the oracle, and whatever the chunking."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -62,7 +64,7 @@ class Runner:
             (starts[-1], KV_HEADS * GROUP, self.head_size), torch.nan, dtype=self.dtype
         )
         self.path.forward(query, key, value, self.cache, plan, output)
-        return [output[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        return [output[a:b] for a, b in itertools.pairwise(starts)]
 
     def slots(self, sequence):
         """The live rows of a sequence, [KV heads, live, 2 d]."""

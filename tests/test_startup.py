@@ -1,4 +1,4 @@
-"""Honest start-up: seams of vLLM that we rely on, refusals with reasons, nothing touched if unused."""
+"""Honest start-up: vLLM's seams, refusals with reasons, nothing touched when unused."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_conflicts_stop_the_start(model_path, arguments, words):
 
 def test_explicit_prefix_caching_is_refused(model_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vllm", "serve", "m", "--enable-prefix-caching"])
-    with pytest.raises(Exception, match="prefix caching.*drop --enable-prefix-caching"):
+    with pytest.raises(Exception, match=r"prefix caching.*drop --enable-prefix-caching"):
         engine_config(model_path, attention_backend="express")
 
 

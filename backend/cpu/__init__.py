@@ -22,5 +22,10 @@ def _cache_folder() -> str:
     return str(root / "numba" / digest.hexdigest()[:16])
 
 
+def compiled() -> bool:
+    """Whether kernels of exactly these sources were compiled on this machine before."""
+    return Path(numba.config.CACHE_DIR).exists()
+
+
 if not os.environ.get("NUMBA_CACHE_DIR"):
     numba.config.CACHE_DIR = _cache_folder()

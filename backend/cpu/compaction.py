@@ -1,7 +1,7 @@
 """One compaction event of one layer: heavy hitters, halvings and the move, per KV head.
 
-Repeats `express_vllm.reference.cache` in fp32 on a dense working buffer [KV heads, slots, 2 d] whose
-rows are key | value.  Each KV head is one task and every reduction has a fixed order, so the
+Repeats `express_vllm.reference.cache` in fp32 on a dense working buffer [KV heads, slots, 2 d]
+whose rows are key | value.  Each KV head is one task and every reduction has a fixed order, so the
 result depends on the head's own rows alone.
 """
 
@@ -218,7 +218,7 @@ def compact_head(
     source, target, rows, log_weight, order, ops, event_key, sinks, heavy, window,
     incoming_start, incoming, scale, kind,
 ):  # fmt: skip
-    """Run one event: source [slots, 2 d] -> target, the slots that stay in `order`; -> live slots."""
+    """Run one event: source [slots, 2 d] -> target, the kept slots in `order`; -> live slots."""
     live = log_weight.shape[0]
     for j in range(live):
         order[j] = j

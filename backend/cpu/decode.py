@@ -238,8 +238,9 @@ def decode_attention(
 ) -> torch.Tensor:
     """Write each request's new key and value to its last live slot, then attend to all of them.
 
-    queries: fp32 [R, KV heads, group, d], contiguous.  keys, values: [T, KV heads, d] in the cache's
-    dtype.  kv_cache: [blocks, KV heads, block size, 2 d].  -> fp32 [R, KV heads, group, d].
+    queries: fp32 [R, KV heads, group, d], contiguous.  keys, values: [T, KV heads, d] in the
+    cache's dtype.  kv_cache: [blocks, KV heads, block size, 2 d].
+    -> fp32 [R, KV heads, group, d].
     """
     requests, heads, group, size = queries.shape
     items = len(batch.tasks)

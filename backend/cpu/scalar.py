@@ -1,4 +1,4 @@
-"""Scalar building blocks of the numba kernels: bit casts, half-precision loads, exp, random bits."""
+"""Scalar parts of the numba kernels: bit casts, half-precision loads, exp, random bits."""
 
 from __future__ import annotations
 

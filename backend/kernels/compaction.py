@@ -327,8 +327,9 @@ def compact_kernel(
                     most_root = bound2
                     if TILES > 1 or KIND != 0:
                         bound2, shift, mean2 = measure(
-                            tl.load(op + columns.LENGTH), ids + tl.load(op + columns.INPUTS), p_virtual,
-                            p_output, base, p_mean, p_slots, p_table, s_page, s_slot, D, D_PAD, P, BLOCK_SIZE, KIND,
+                            tl.load(op + columns.LENGTH), ids + tl.load(op + columns.INPUTS),
+                            p_virtual, p_output, base, p_mean, p_slots, p_table, s_page, s_slot,
+                            D, D_PAD, P, BLOCK_SIZE, KIND,
                         )  # fmt: skip
                     longest = tl.max(b_length, 0)
                     for i_tile in range(tl.cdiv(longest, 2 * P)):

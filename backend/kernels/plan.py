@@ -34,8 +34,8 @@ OP = 6
 #: Columns of a step's request table, int64 (`step.StepPlan`): first EVENT and number of EVENTS of
 #: the step, OLD live slots before it, SHIFT from a position to its source index, batch row of its
 #: first TOKEN, seed words, block TABLE row, first LIST row and event INSTANCE, then the state after
-#: the step: FINAL_STORED, FINAL_LIVE, token count STOP; first slot of the query RING (-1: none) and the
-#: position RING_FROM of its row 0.
+#: the step: FINAL_STORED, FINAL_LIVE, token count STOP; first slot of the query RING (-1: none) and
+#: the position RING_FROM of its row 0.
 (EVENT, EVENTS, OLD, SHIFT, TOKEN, SEED_LOW, SEED_HIGH, TABLE, LIST, INSTANCE, FINAL_STORED,
  FINAL_LIVE, STOP, RING, RING_FROM) = range(15)  # fmt: skip
 REQUEST = 16

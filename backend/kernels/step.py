@@ -378,6 +378,14 @@ def chunk_source(
     return Source(dense, zero, table, 0)
 
 
+def _attention_tile(padded: int, itemsize: int) -> tuple[int, int]:
+    """Slots of a tile and pipeline stages that fit a multiprocessor's shared memory (227 KiB)."""
+    for block, stages in ((64, 3), (64, 2), (32, 2), (16, 2)):
+        if (QUERY_ROWS + 2 * stages * block) * padded * itemsize <= 224 << 10:
+            return block, stages
+    raise ValueError(f"a head size of {padded} does not fit attention's query tile")
+
+
 def attend_chunks(
     step: StepPlan, query: Tensor, source: Source, lists: Tensor, scale: float, output: Tensor,
     block: int = 0, warps: int = 0, stages: int = 0,
@@ -389,11 +397,12 @@ def attend_chunks(
     size = query.shape[2]
     padded = triton.next_power_of_2(size)
     group = query.shape[1] // heads
+    usual_block, usual_stages = _attention_tile(padded, query.element_size())
     prefill_kernel[(len(step.items), heads)](
         query, source.pages, step.items, lists, step.tables.bias, output, query.stride(0),
         query.stride(1), output.stride(0), output.stride(1), source.pages.stride(0),
         source.pages.stride(1), scale * _LOG2E, heads, step.width, group, size, padded, QUERY_ROWS,
-        block or (128 if padded <= 64 else 64), num_warps=warps or 8, num_stages=stages or 3,
+        block or usual_block, num_warps=warps or 8, num_stages=stages or usual_stages,
     )  # fmt: skip
 
 

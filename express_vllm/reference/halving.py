@@ -20,8 +20,8 @@ DELTA = 0.5
 def kernel_matrix(keys: Tensor, values: Tensor, kind: str) -> Tensor:
     """The attention kernel of S points, [S, S], from keys [S, d] and values [S, d].
 
-    `exponential`: exp((<k, k'> - shift) / sqrt(d)) (<v, v'> + b^2), shift = max |k|^2, on keys centred
-    on their mean (softmax does not see a constant added to every key).
+    `exponential`: exp((<k, k'> - shift) / sqrt(d)) (<v, v'> + b^2), shift = max |k|^2, on keys
+    centred on their mean (softmax does not see a constant added to every key).
     `gaussian`: the same normalised to a unit diagonal, exp(-|k - k'|^2 / (2 sqrt(d))) (...).
     b is the largest |v| entry.
     """
@@ -49,7 +49,8 @@ def halve(keys: Tensor, values: Tensor, event_key: int, op: int, *, kind: str) -
     """Indices [S/2] of the kept points, one of each consecutive pair, in order.
 
     `exponential` uses the published random threshold, `gaussian` the greedy sign (threshold 0),
-    `uniform` tosses a coin for every pair (the baseline that looks at nothing).  Random bits come from (`event_key`, `op`, pair index) alone.  Computes in the inputs' dtype.
+    `uniform` tosses a coin for every pair (the baseline that looks at nothing).  Random bits come
+    from (`event_key`, `op`, pair index) alone.  Computes in the inputs' dtype.
     """
     size = keys.shape[0]
     if size % 2:

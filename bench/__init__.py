@@ -1,0 +1,1 @@
+"""Benchmarks: each prints a table and stores it with its hardware, versions and command."""
