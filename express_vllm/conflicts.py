@@ -37,6 +37,10 @@ def _quantized_cache(config: Any) -> bool:
     return config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32")
 
 
+def _runner_v2(config: Any) -> bool:
+    return bool(config.use_v2_model_runner)
+
+
 def _parallel(name: str) -> Callable[[Any], bool]:
     return lambda config: getattr(config.parallel_config, name, 1) > 1
 
@@ -102,6 +106,11 @@ CONFLICTS = (
         "pooling models", lambda c: getattr(c.model_config, "runner_type", "") == "pooling",
         "they do not decode",
         "serve this model with another backend",
+    ),
+    Conflict(
+        "Model Runner V2 on the CPU", _runner_v2,
+        "the CPU path reads the batch order of Model Runner V1",
+        "set VLLM_USE_V2_MODEL_RUNNER=0",
     ),
     Conflict(
         "KV events", lambda c: bool(getattr(c.kv_events_config, "enable_kv_cache_events", False)),

@@ -74,9 +74,7 @@ def test_error_falls_as_the_budget_grows(layers):
 def test_default_beats_streaming_uniform_and_paper(layers, slots):
     default = ours(layers, make_shape(slots))
     rivals = {
-        "StreamingLLM": error(
-            layers, lambda q, k, v, layer: exact(q, k, v, recent=slots - 4)
-        ),
+        "StreamingLLM": error(layers, lambda q, k, v, layer: exact(q, k, v, recent=slots - 4)),
         "uniform, lazy": ours(layers, make_shape(slots, heavy=0), "uniform"),
         "uniform, paper": ours(layers, make_shape(slots, schedule="paper"), "uniform"),
         "paper": ours(layers, make_shape(slots, schedule="paper")),

@@ -79,9 +79,7 @@ def test_different_budgets_run_at_once(server, long_prompt):
     budgets = [{"memory_tokens": 256}, {"memory_tokens": 512, "profile": "even"}, {"mode": "exact"},
                {"memory_tokens": 512, "compute_tokens": 200, "seed": 5}]  # fmt: skip
     with ThreadPoolExecutor(4) as pool:
-        answers = list(
-            pool.map(lambda b: completion(server, long_prompt[:700], 24, **b), budgets)
-        )
+        answers = list(pool.map(lambda b: completion(server, long_prompt[:700], 24, **b), budgets))
     assert [a.status_code for a in answers] == [200] * 4
     assert all(a.json()["usage"]["completion_tokens"] > 0 for a in answers)
 

@@ -41,9 +41,7 @@ def test_the_backend_name_unpickles_in_a_process_without_plugins():
 
     register()
     blob = pickle.dumps(AttentionBackendEnum[BACKEND_NAME])
-    code = (
-        "import pickle, sys; print(pickle.loads(bytes.fromhex(sys.argv[1])).name)"
-    )
+    code = "import pickle, sys; print(pickle.loads(bytes.fromhex(sys.argv[1])).name)"
     environment = {**os.environ, "VLLM_PLUGINS": ""}
     done = subprocess.run(
         [sys.executable, "-c", code, blob.hex()], text=True, capture_output=True, env=environment
@@ -108,6 +106,7 @@ def _fake_config(**changes):
     config = SimpleNamespace(
         cache_config=SimpleNamespace(cache_dtype="auto", kv_offloading_size=None),
         kv_transfer_config=None, speculative_config=None, kv_events_config=None,
+        use_v2_model_runner=False,
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1, prefill_context_parallel_size=1
         ),
@@ -132,6 +131,7 @@ def _fake_config(**changes):
         ("model_config.is_encoder_decoder", True, "encoder-decoder models"),
         ("model_config.is_hybrid", True, "attention-free and hybrid state models"),
         ("model_config.runner_type", "pooling", "pooling models"),
+        ("use_v2_model_runner", True, "Model Runner V2 on the CPU"),
         ("kv_events_config", SimpleNamespace(enable_kv_cache_events=True), "KV events"),
     ],
 )
@@ -150,7 +150,7 @@ def test_the_attributes_that_conflicts_read_exist_in_vllm(model_path):
         "parallel_config.prefill_context_parallel_size", "model_config.use_mla",
         "model_config.is_encoder_decoder", "model_config.is_hybrid",
         "model_config.is_attention_free", "model_config.runner_type", "kv_events_config",
-        "additional_config", "attention_config.backend",
+        "additional_config", "attention_config.backend", "use_v2_model_runner",
     ):  # fmt: skip
         owner = config
         for name in path.split("."):
