@@ -330,8 +330,9 @@ class _PaperPolicy:
 
     With the coreset at weight 2^m, thinning level w (base <= w < m, base = max(0, m - m-bar))
     collects groups of n_out * 2^(w + 2 - m) entries and halves each full group into level w + 1;
-    the top level's half joins the coreset.  At 4 * n_out the coreset is halved twice and m grows by two.
-    Above m-bar one of every 2^base incoming tokens is drawn uniformly (a reservoir of one entry).
+    the top level's half joins the coreset.  At 4 * n_out the coreset is halved twice and m grows
+    by two.  Above m-bar one of every 2^base incoming tokens is drawn uniformly (a reservoir of one
+    entry).
     """
 
     def __init__(self, shape: Shape) -> None:
