@@ -111,7 +111,7 @@ def _piece(layout: Layout | None, start: int, stop: int, event: Event | None) ->
     if start == stop:  # the event runs before the first token of the step
         assert layout is not None and event is not None
         bias = None
-        if event.index:
+        if event.number:
             bias = _bias(tuple(layout.segments(start)))
         return Piece(start, stop, event.live_before, bias, event)
     bias = bias_before(layout, start)

@@ -180,7 +180,7 @@ class Event(NamedTuple):
     stand behind a single partial entry (0: none), and `live_after` slots are live.
     """
 
-    index: int
+    number: int
     position: int
     incoming_start: int
     incoming: int

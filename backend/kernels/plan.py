@@ -127,10 +127,10 @@ class EventTables:
             [
                 event.position, event.incoming_start, event.incoming, event.live_before,
                 len(order), first_round, len(self._rounds) - first_round, self._store(order),
-                self.bias_offsets[event.index],
+                self.bias_offsets[event.number],
             ]
         )  # fmt: skip
-        self._append_bias(event.index + 1)
+        self._append_bias(event.number + 1)
 
     def _store(self, ids: np.ndarray) -> int:
         offset = self.ids_used

@@ -77,7 +77,8 @@ class StepPlan:
         """Plan `chunks`, whose query heads are `group` times the KV heads."""
         shape = layout.shape
         requests = np.zeros((len(chunks), plan.REQUEST), np.int64)
-        instances, items = [], []
+        instances: list = []
+        items: list = []
         lists, width, live, last = 0, 1, 1, 0
         for r, chunk in enumerate(chunks):
             stop = chunk.start if compacting else chunk.stop
