@@ -10,11 +10,11 @@ import numba
 
 
 def _cache_folder() -> str:
-    """Where compiled kernels are kept: a folder for exactly these sources.
+    """Where compiled kernels are kept: a folder for exactly these sources, in this place.
 
     numba notices a change of the file that holds a function, not of the helpers that it inlines.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(__file__.encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     default = Path.home() / ".cache" / "express-vllm"
