@@ -8,30 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 
 from express_vllm.budget import Budget
-from express_vllm.layout import RING_ROWS, Event, Layout, Segment
+from express_vllm.layout import RING_ROWS, Event, Layout
 
 from .cpu.decode import DecodeBatch
 from .step import current_step
 
 
 @dataclass
+class Compaction:
+    """An event, its operations as int64 [n, 5] and log w of the slots that it finds, fp32."""
+
+    event: Event
+    ops: np.ndarray
+    log_weight: np.ndarray
+
+    @classmethod
+    def of(cls, layout: Layout, event: Event) -> Compaction:
+        weights = log_weights(layout, event.position)
+        if weights is None:
+            weights = np.zeros(event.live_before, np.float32)
+        return cls(event, np.array(event.ops, np.int64).reshape(-1, 5), weights)
+
+
+@dataclass
 class Piece:
     """Tokens [start, stop) of a request between two events, after `live` slots of state.
 
-    `bias` holds log w of those slots (None: all weights are 1); `event` runs after the piece.
+    `bias` holds log w of those slots (None: all weights are 1); `compaction` runs after the piece.
     """
 
     start: int
     stop: int
     live: int
     bias: np.ndarray | None
-    event: Event | None
+    compaction: Compaction | None
 
 
 @dataclass
@@ -68,63 +83,41 @@ class ExpressMetadata:
     ring: RingWrite
 
 
-@lru_cache(maxsize=4096)
-def _bias(segments: tuple[Segment, ...]) -> np.ndarray:
-    lengths = [s.length for s in segments]
-    logs = np.log(np.array([s.weight for s in segments], np.float64)).astype(np.float32)
-    return np.repeat(logs, lengths)
-
-
-def bias_before(layout: Layout | None, position: int) -> np.ndarray | None:
-    """log w of the slots that the token at `position` finds, itself excluded; None: all 1."""
-    if layout is None or layout.events_done(position + 1) == 0:
+def log_weights(layout: Layout | None, tokens: int) -> np.ndarray | None:
+    """log w of every live slot when `tokens` tokens are stored, fp32; None: all weights are 1."""
+    if layout is None or layout.events_done(tokens) == 0:
         return None
-    event = layout.event(layout.events_done(position + 1) - 1)
-    fixed = _bias(tuple(layout.segments(event.position + 1)))
-    return fixed[:-1] if position == event.position else _pad(fixed, position - event.position - 1)
-
-
-def _pad(bias: np.ndarray, count: int) -> np.ndarray:
-    return np.concatenate([bias, np.zeros(count, np.float32)])
+    segments = layout.segments(tokens)
+    logs = np.log(np.array([s.weight for s in segments], np.float64)).astype(np.float32)
+    return np.repeat(logs, [s.length for s in segments])
 
 
 def ring_row(layout: Layout, position: int) -> int | None:
     """The ring row that keeps the query at `position`, if the next event scores with it."""
     if not layout.shape.ring:
         return None
-    upcoming = layout.shape.first_event + layout.events_done(position + 1) * layout.shape.interval
-    row = position - (upcoming - RING_ROWS)
+    row = position - (layout.next_event_position(position + 1) - RING_ROWS)
     return row if row >= 0 else None
 
 
 def plan_pieces(layout: Layout | None, start: int, stop: int) -> list[Piece]:
     """Cut [start, stop) at the events that run while those tokens are processed."""
+    if layout is None:
+        return [Piece(start, stop, start, None, None)]
     pieces, position = [], start
-    for event in layout.events(start, stop) if layout else []:
-        pieces.append(_piece(layout, position, event.position, event))
+    for event in layout.events(start, stop):
+        pieces.append(_piece(layout, position, event.position, Compaction.of(layout, event)))
         position = event.position
     pieces.append(_piece(layout, position, stop, None))
     return pieces
 
 
-def _piece(layout: Layout | None, start: int, stop: int, event: Event | None) -> Piece:
-    if start == stop:  # the event runs before the first token of the step
-        assert layout is not None and event is not None
-        bias = None
-        if event.number:
-            bias = _bias(tuple(layout.segments(start)))
-        return Piece(start, stop, event.live_before, bias, event)
-    bias = bias_before(layout, start)
-    if layout is None:
-        live = start
-    else:
-        done = layout.events_done(start + 1)
-        live = (
-            start
-            if done == 0
-            else (layout.event(done - 1).live_after + start - layout.event(done - 1).position)
-        )
-    return Piece(start, stop, live, bias, event)
+def _piece(layout: Layout, start: int, stop: int, compaction: Compaction | None) -> Piece:
+    if start == stop:  # the event runs before the first token of the step: nothing to attend
+        return Piece(start, stop, layout.live(start), None, compaction)
+    weights = log_weights(layout, start + 1)  # the first token's own slot is the last
+    bias = None if weights is None else weights[:-1]
+    return Piece(start, stop, layout.live(start + 1) - 1, bias, compaction)
 
 
 class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
@@ -190,8 +183,7 @@ class _Decodes:
         self.tokens.append(token)
         self.rows.append(row)
         self.live.append(layout.live(position + 1) if layout else position + 1)
-        bias = bias_before(layout, position)
-        self.biases.append(None if bias is None else _pad(bias, 1))
+        self.biases.append(log_weights(layout, position + 1))
         if layout is None or (kept := ring_row(layout, position)) is None:
             return
         slot = layout.shape.slots - layout.shape.ring + kept // 2

@@ -213,6 +213,10 @@ class Layout:
         """The events that run while tokens at positions [start, stop) are processed."""
         return [self.event(k) for k in range(self.events_done(start), self.events_done(stop))]
 
+    def next_event_position(self, tokens: int) -> int:
+        """Position of the first event that has not run when `tokens` tokens are stored."""
+        return self.shape.first_event + self.events_done(tokens) * self.shape.interval
+
     def live(self, tokens: int) -> int:
         """Slots that hold keys and values when `tokens` tokens are stored."""
         done = self.events_done(tokens)

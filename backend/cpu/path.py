@@ -15,7 +15,7 @@ from .decode import decode_attention
 from .prefill import attend_piece
 
 if TYPE_CHECKING:
-    from ..metadata import ExpressMetadata, SequencePlan
+    from ..metadata import Compaction, ExpressMetadata, SequencePlan
 
 
 class CpuPath:
@@ -99,27 +99,32 @@ class CpuPath:
                     queries[offset : offset + length], state[:, : piece.live + length],
                     piece.bias, self.scale, output[rows][offset : offset + length],
                 )  # fmt: skip
-            if piece.event is not None:
+            if piece.compaction is not None:
                 spare = torch.empty_like(state) if spare is None else spare
-                self._compact(state, spare, means, plan, piece)
+                self._compact(state, spare, means, plan, piece.compaction)
                 state, spare = spare, state
                 moved = True
         first = 0 if moved else slots
         self._write(kv_cache, plan.blocks, first, state[:, first:final_live])
         self._keep_query_rows(means, kv_cache, plan)
 
-    def _compact(self, state: Tensor, target: Tensor, means: Tensor, plan, piece) -> None:
-        event, layout = piece.event, plan.layout
-        bias = np.zeros(event.live_before, np.float32)
-        if piece.bias is not None:
-            bias[: len(piece.bias)] = piece.bias
-        last = event.position - plan.start + RING_ROWS  # `means` starts RING_ROWS before the chunk
-        rows = means[:, last - RING_ROWS : last].contiguous().numpy()
+    def _compact(
+        self,
+        state: Tensor,
+        target: Tensor,
+        means: Tensor,
+        plan: SequencePlan,
+        step: Compaction,
+    ) -> None:
+        assert plan.layout is not None
+        shape = plan.layout.shape
+        # `means` starts RING_ROWS before the chunk, so the rows before the event start here.
+        first = step.event.position - plan.start
+        rows = means[:, first : first + RING_ROWS].contiguous().numpy()
         compaction.compact(
-            state.numpy(), target.numpy(), rows, bias,
-            (event, layout.shape, np.array(event.ops, np.int64).reshape(-1, 5)),
+            state.numpy(), target.numpy(), rows, step.log_weight, (step.event, shape, step.ops),
             seed=plan.seed, layer=self.layer, first_head=self.first_kv_head, scale=self.scale,
-            kernel=self.kernel or layout.shape.kernel,
+            kernel=self.kernel or shape.kernel,
         )  # fmt: skip
 
     def _query_rows(self, queries: Tensor, kv_cache: Tensor, plan: SequencePlan) -> Tensor:
@@ -133,8 +138,7 @@ class CpuPath:
             return means
         means[:, RING_ROWS:] = group_mean(queries, kv_cache.dtype).transpose(0, 1).float()
         shape = plan.layout.shape
-        upcoming = shape.first_event + plan.layout.events_done(plan.start) * shape.interval
-        kept = plan.start - (upcoming - RING_ROWS)
+        kept = plan.start - (plan.layout.next_event_position(plan.start) - RING_ROWS)
         if kept > 0:
             slot = shape.slots - shape.ring
             ring = self._read(kv_cache, plan.blocks, slot, shape.slots)
@@ -147,8 +151,7 @@ class CpuPath:
         if plan.layout is None or not plan.layout.shape.ring:
             return
         shape = plan.layout.shape
-        upcoming = shape.first_event + plan.layout.events_done(plan.stop) * shape.interval
-        kept = plan.stop - (upcoming - RING_ROWS)
+        kept = plan.stop - (plan.layout.next_event_position(plan.stop) - RING_ROWS)
         if kept <= 0:
             return
         ring = torch.zeros(self.kv_heads, RING_ROWS, self.size)
