@@ -11,10 +11,10 @@ TESTS ?=
 
 export BACKEND PORT MODEL ARGS
 
-.PHONY: help setup model serve test lint clean
+.PHONY: help setup model serve test test-ops lint clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*  ## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' Makefile
 	@echo
 	@echo '  serve:  MODEL=/folder/or/hub-id PORT=8000 BACKEND=express ARGS="more vllm arguments"'
 	@echo '  test:   TESTS="tests/test_x.py -k name" for some of them'
@@ -31,6 +31,9 @@ serve: setup  ## serve a model (by default the small one) on port 8000
 
 test: model  ## run the tests
 	.venv/bin/python -m pytest $(TESTS)
+
+test-ops: model  ## run the tests that need Debian's chromium and prometheus, or minutes
+	.venv/bin/python -m pytest -m ops $(TESTS)
 
 lint: setup  ## check style and types
 	.venv/bin/ruff check .

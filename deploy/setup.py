@@ -66,7 +66,7 @@ def main() -> None:
     else:
         targets = []
     with Step(f"install vLLM for {device} and this project"):
-        run(uv("install", *targets, "--editable", f".[{device},dev,model]"), environment)
+        run(uv("install", *targets, "--editable", f".[{device},dev,model,ops]"), environment)
     STAMP.write_text(stamp)
     say(f"set up in {time.monotonic() - start:.0f} s")
 
