@@ -1,7 +1,8 @@
 """Weighted attention of one new token per request over its paged live slots, split along the slots.
 
-The split length is fixed, so a request's result does not depend on its batch.  Log-weights come
-from segment boundaries: the weight of a slot is a sum of steps at the boundaries before it.
+The split length follows from a request's own slots, so its result does not depend on its batch.
+Log-weights come from segment boundaries: the weight of a slot is a sum of steps at the boundaries
+before it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from express_vllm.layout import Segment
 from .pages import store_token_kernel
 from .rows import slot_rows
 
-#: Slots that one program reads.
+#: Slots that one program reads, or a multiple: no request has more than MAX_SPLITS splits, since
+#: the grid that a CUDA graph captures holds that many programs for every request.
 SPLIT = 512
+MAX_SPLITS = 16
 #: Most segments of a layout: levels, drawn entry, exact parts (a weight of 2^60 is out of reach).
 MAX_SEGMENTS = 32
 
@@ -40,6 +43,11 @@ def segment_steps(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @triton.jit
+def split_length(count, splits, LENGTH: tl.constexpr):
+    return LENGTH * tl.maximum(tl.cdiv(count, LENGTH * splits), 1)
+
+
+@triton.jit
 def decode_kernel(
     query, pages, table, live, starts, steps,
     part, norm,  # fp32 out [R, heads, splits, D], [R, heads, splits, 2]
@@ -50,10 +58,11 @@ def decode_kernel(
     """Softmax over one split of one request's slots, unnormalised, for a KV head's query heads."""
     i_split, i_head, i_request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     count = tl.load(live + i_request)
-    begin = i_split * LENGTH
+    length = split_length(count, splits, LENGTH)
+    begin = i_split * length
     if begin >= count:
         return
-    end = tl.minimum(begin + LENGTH, count)
+    end = tl.minimum(begin + length, count)
     o_m, o_n, o_d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, D_PAD)
     o_s = tl.arange(0, SEGMENTS)
     m_d, m_m = o_d < D, o_m < GROUP
@@ -105,7 +114,7 @@ def combine_kernel(
     b_acc = tl.zeros([D_PAD], tl.float32)
     most = tl.full([], -1.0e30, tl.float32)
     total = tl.full([], 0.0, tl.float32)
-    for i in range(tl.cdiv(count, LENGTH)):
+    for i in range(tl.cdiv(count, split_length(count, splits, LENGTH))):
         peak = tl.load(norm + 2 * (i_part + i))
         sums = tl.load(norm + 2 * (i_part + i) + 1)
         new = tl.maximum(most, peak)
@@ -123,7 +132,7 @@ class DecodeScratch:
     """Partial results of up to `requests` requests of up to `slots` live slots, fp32."""
 
     def __init__(self, requests: int, heads: int, size: int, slots: int, device) -> None:
-        self.splits = triton.cdiv(slots, SPLIT)
+        self.splits = min(triton.cdiv(slots, SPLIT), MAX_SPLITS)
         shape = (requests, heads, self.splits)
         self.part = torch.empty(*shape, size, dtype=torch.float32, device=device)
         self.norm = torch.empty(*shape, 2, dtype=torch.float32, device=device)

@@ -63,6 +63,7 @@ class EventTables:
     def __init__(self, shape: Shape, device: torch.device, width: int) -> None:
         self.layout, self.device, self.width = layout_for(shape), device, width
         self.count = 0
+        self.fresh = True  # nothing is on the device yet
         self.ids_used = 0
         self.virtual = 0  # the most virtual ids of an event
         self.longest = 0  # the longest halving
@@ -77,12 +78,13 @@ class EventTables:
 
     def upto(self, count: int) -> EventTables:
         """Make sure that events [0, count) and the state after them are described."""
-        if count > self.count or not self.count:
-            target = max(count, 2 * self.count, 16)
+        if count > self.count or self.fresh:
+            target = max(count, 2 * self.count, 16) if count else 0
             for index in range(self.count, target):
                 self._append(self.layout.event(index))
             self.count = target
             self._upload()
+            self.fresh = False
         return self
 
     def bias_offset(self, events: int) -> int:
@@ -157,10 +159,12 @@ class EventTables:
             array = np.array(rows, np.int32).reshape(-1, columns)
             return torch.from_numpy(array).to(self.device)
 
-        self.headers = tensor(self._headers, HEADER)
+        self.headers = tensor(self._headers or [[0] * HEADER], HEADER)
         self.rounds = tensor(self._rounds or [(0, 0)], 2)
         self.ops = tensor(self._ops or [[0] * OP], OP)
-        self.ids = torch.from_numpy(np.concatenate(self._ids)).to(self.device)
+        self.ids = torch.from_numpy(np.concatenate(self._ids or [np.zeros(1, np.int32)])).to(
+            self.device
+        )
         self.bias = torch.from_numpy(np.concatenate(self._bias)).to(self.device)
 
 

@@ -120,7 +120,7 @@ class StepPlan:
             ),
             len(chunks), int(requests[:, 2].max()), int(counts.max()),
             int((counts + requests[:, 2]).max()), live, int(requests[:, 1].max()), lists,
-            width, (layout.event(0).incoming, late),
+            width, (layout.event(0).incoming if last else 0, late),
             bool(((requests[:, 0] == 0) & (requests[:, 1] > 0)).any()),
         )  # fmt: skip
 
