@@ -40,8 +40,9 @@ def save(name: str, rows: Sequence[Mapping[str, Any]], **details: Any) -> Path:
     """Write bench/results/<name>.json; -> its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
+    module = sys.modules["__main__"].__spec__.name.removesuffix(".__main__")
     record = {
-        "command": f"python -m {sys.modules['__main__'].__spec__.name} " + " ".join(sys.argv[1:]),
+        "command": f"python -m {module} " + " ".join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware(),
         "versions": versions("express-vllm", "vllm", "torch", "numba", "triton"),
