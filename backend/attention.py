@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import logging
-import time
-from typing import TYPE_CHECKING, Any, ClassVar
+import os
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from express_vllm.conflicts import refuse_layer
 from express_vllm.scheduler.spec import ExpressSpec
-
-if TYPE_CHECKING:
-    from .metadata import ExpressMetadata
-
-logger = logging.getLogger("vllm.express")
 
 
 class ExpressBackend(AttentionBackend):
@@ -38,9 +32,7 @@ class ExpressBackend(AttentionBackend):
 
     @staticmethod
     def get_builder_cls() -> Any:
-        from .metadata import ExpressMetadataBuilder
-
-        return ExpressMetadataBuilder
+        return device_module("metadata").ExpressMetadataBuilder
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -52,8 +44,8 @@ class ExpressBackend(AttentionBackend):
 
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
-        """Asked by vLLM's GPU platforms; the CPU platform of this project asks `check_layer`."""
-        return ["express-vllm runs on CPUs only so far: its CUDA integration is not built yet"]
+        """Asked by vLLM's own platforms only; those of this project ask `check_layer`."""
+        return ["express-vllm runs on CPUs and on NVIDIA GPUs"]
 
     @classmethod
     def check_layer(cls, selector: Any) -> None:
@@ -68,7 +60,7 @@ class ExpressBackend(AttentionBackend):
         refuse_layer(name for name, found in active.items() if found)
 
 
-class ExpressImpl(AttentionImpl["ExpressMetadata"]):
+class ExpressImpl(AttentionImpl[Any]):
     """Attention of one layer over coresets: dispatches to the device's path."""
 
     def __init__(
@@ -101,7 +93,7 @@ class ExpressImpl(AttentionImpl["ExpressMetadata"]):
         self.kv_cache_dtype = kv_cache_dtype
         self.first_kv_head = first_kv_head(self.num_kv_heads)
         self._path: Any = None
-        load_kernels()
+        self._device = device_module("device").Device(self, get_current_vllm_config())
 
     def forward(
         self,
@@ -110,7 +102,7 @@ class ExpressImpl(AttentionImpl["ExpressMetadata"]):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: ExpressMetadata | None,
+        attn_metadata: Any,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -119,32 +111,22 @@ class ExpressImpl(AttentionImpl["ExpressMetadata"]):
 
         kv_cache: [blocks, KV heads, block size, 2 d], key | value.
         """
-        if attn_metadata is None:  # warm-up
+        if attn_metadata is None:  # memory is being profiled
+            self._device.reserve(query)
             return output.zero_()
         if self._path is None:
-            self._path = self._make_path(layer)
+            self._path = self._device.path(layer_index(layer.layer_name))
         self._path.forward(query, key, value, kv_cache, attn_metadata, output)
         return output
 
-    def _make_path(self, layer: Any) -> Any:
-        from .cpu.path import CpuPath
 
-        return CpuPath(
-            layer_index(layer.layer_name), self.first_kv_head, self.num_kv_heads,
-            self.num_heads // self.num_kv_heads, self.head_size, self.scale,
-        )  # fmt: skip
+def uses_triton() -> bool:
+    """Whether the Triton kernels run: on a GPU or, for tests, in Triton's interpreter."""
+    return current_platform.is_cuda() or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
-def load_kernels() -> None:
-    """Compile or load this device's kernels now, not in the first request."""
-    from . import cpu
-
-    start = time.monotonic()
-    if not cpu.compiled():
-        logger.info("express: compiling the CPU kernels, once (half a minute) ...")
-    importlib.import_module(f"{cpu.__name__}.path")
-    logger.info("express: CPU kernels ready after %.1f s", time.monotonic() - start)
+def device_module(name: str) -> Any:
+    return importlib.import_module(f"{__package__}.{'gpu' if uses_triton() else 'cpu'}.{name}")
 
 
 def layer_index(name: str) -> int:

@@ -37,8 +37,10 @@ def _quantized_cache(config: Any) -> bool:
     return config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32")
 
 
-def _runner_v2(config: Any) -> bool:
-    return bool(config.use_v2_model_runner)
+def _other_runner(config: Any) -> bool:
+    from express_vllm.backend.attention import uses_triton
+
+    return bool(config.use_v2_model_runner) != uses_triton()
 
 
 def _parallel(name: str) -> Callable[[Any], bool]:
@@ -108,9 +110,10 @@ CONFLICTS = (
         "serve this model with another backend",
     ),
     Conflict(
-        "Model Runner V2 on the CPU", _runner_v2,
-        "the CPU path reads the batch order of Model Runner V1",
-        "set VLLM_USE_V2_MODEL_RUNNER=0",
+        "Model Runner V2 on CPUs, V1 on GPUs", _other_runner,
+        "the CPU path reads the batch order of Model Runner V1, the GPU path that of V2",
+        "unset VLLM_USE_V2_MODEL_RUNNER or set it to 0 on a CPU, to 1 on a GPU; if it is not set, "
+        "drop the feature that made vLLM choose the other one (its log names it)",
     ),
     Conflict(
         "KV events", lambda c: bool(getattr(c.kv_events_config, "enable_kv_cache_events", False)),

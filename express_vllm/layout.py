@@ -392,6 +392,10 @@ class _PaperPolicy:
         area.halve(exponent + 1, 2 * self.target)
 
 
+#: Of a request without a budget: its cache never reaches the first event.
+EXACT_SHAPE = Shape("exact", 1 << 40, 0, 0, 0, 0, interval=1 << 40, group=1 << 40)
+
+
 @lru_cache(maxsize=512)
 def layout_for(shape: Shape) -> Layout:
     """The shared `Layout` of a shape: its events are planned once per process."""

@@ -43,6 +43,8 @@ def platform() -> str | None:
 
     found = [name for name, detect in builtin_platform_plugins.items() if detect() is not None]
     register()
+    if found == ["cuda"]:
+        return "express_vllm.platforms.cuda.ExpressCudaPlatform"
     if found == ["cpu"]:
         return "express_vllm.platforms.cpu.ExpressCpuPlatform"
     return None

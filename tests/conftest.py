@@ -54,7 +54,7 @@ def server(model_path, tmp_path_factory):
     port = free_port()
     log = tmp_path_factory.mktemp("server") / "log.txt"
     command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", str(model_path),
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_path),
         "--attention-backend", "express", "--port", str(port), "--host", "127.0.0.1",
         "--served-model-name", "small", "--enforce-eager",
         "--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", str(BLOCKS),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import realdata
+import torch
 
 from express_vllm import smallmodel
 
@@ -20,7 +21,9 @@ pytestmark = pytest.mark.server
 BLOCK = 32
 POOL = 48  # blocks: two budgets of 512 fit, nine requests that grow from 4 to 6 blocks do not
 GROWING = 9
-CPU_ATTN_POOL = 49
+#: vLLM's own backend that computes in float32, and a pool that makes it preempt.
+OWN = "TRITON_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
+OWN_POOL = 49
 
 
 def run_engine(tmp_path, backend, calls, *, environment=None, **engine):
@@ -131,7 +134,7 @@ def express(tmp_path_factory, workload):
 
 
 @pytest.fixture(scope="module")
-def cpu_attention(tmp_path_factory, workload):
+def own(tmp_path_factory, workload):
     """The same jobs with vLLM's own backend, which knows no budgets."""
 
     def plain(requests):
@@ -151,10 +154,10 @@ def cpu_attention(tmp_path_factory, workload):
         ),
         "unpreempted": ("alone", {"requests": plain(workload["growing"])}),
     }
-    folder = tmp_path_factory.mktemp("cpu")
+    folder = tmp_path_factory.mktemp("own")
     results = run_engine(
-        folder, "CPU_ATTN", list(calls.values()), num_gpu_blocks_override=CPU_ATTN_POOL,
-        max_model_len=(CPU_ATTN_POOL - 1) * BLOCK,
+        folder, OWN, list(calls.values()), num_gpu_blocks_override=OWN_POOL,
+        max_model_len=(OWN_POOL - 1) * BLOCK,
     )  # fmt: skip
     return dict(zip(calls, results, strict=True))
 
@@ -169,9 +172,9 @@ def test_a_fitting_budget_is_exact_mode_to_the_byte(express):
     assert express["fits"]["tokens"] == express["exact"]["tokens"]
 
 
-def test_a_fitting_budget_gives_the_text_of_cpu_attention(express, cpu_attention):
-    assert len(cpu_attention["short"]["texts"]) >= 20
-    assert express["fits"]["texts"] == cpu_attention["short"]["texts"]
+def test_a_fitting_budget_gives_the_text_of_vllms_own_backend(express, own):
+    assert len(own["short"]["texts"]) >= 20
+    assert express["fits"]["texts"] == own["short"]["texts"]
 
 
 def test_the_same_request_gives_the_same_tokens_again(express):
@@ -179,18 +182,18 @@ def test_the_same_request_gives_the_same_tokens_again(express):
 
 
 @pytest.mark.parametrize("change", ["batch", "chunks"])
-def test_batch_and_chunk_do_not_change_a_request(express, cpu_attention, change):
+def test_batch_and_chunk_do_not_change_a_request(express, own, change):
     """Where vLLM's own backend keeps its tokens under the same change, so do we."""
     ours = express["alone"]["tokens"][0] == express[change]["tokens"][0]
-    theirs = cpu_attention["alone"]["tokens"][0] == cpu_attention[change]["tokens"][0]
+    theirs = own["alone"]["tokens"][0] == own[change]["tokens"][0]
     assert ours or not theirs
 
 
-def test_preemption_does_not_change_a_request(express, cpu_attention):
+def test_preemption_does_not_change_a_request(express, own):
     assert express["preempted"]["preemptions"] > 0, "the pool is small enough to preempt"
     ours = same_tokens(express["preempted"], express["unpreempted"])
-    theirs = same_tokens(cpu_attention["preempted"], cpu_attention["unpreempted"])
-    print(f"unchanged of {GROWING}: express {ours}, CPU_ATTN {theirs}")
+    theirs = same_tokens(own["preempted"], own["unpreempted"])
+    print(f"unchanged of {GROWING}: express {ours}, {OWN} {theirs}")
     assert ours >= theirs
 
 
@@ -207,6 +210,7 @@ def test_aborts_return_every_block(express):
     assert max(aborts["held"]) == math.ceil(256 / BLOCK) and min(aborts["held"]) > 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="gloo ranks share a CPU")
 def test_three_tensor_parallel_ranks_give_the_tokens_of_one(tmp_path, express, workload):
     calls = [
         ("generate", {"requests": [workload["seeded"]]}),

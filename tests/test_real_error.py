@@ -7,8 +7,8 @@ import pytest
 import realdata
 import torch
 
+from express_vllm.backend.cpu.metadata import plan_batch
 from express_vllm.backend.cpu.path import CpuPath
-from express_vllm.backend.metadata import plan_batch
 from express_vllm.budget import Budget
 from express_vllm.layout import make_shape
 

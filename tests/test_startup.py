@@ -131,7 +131,7 @@ def _fake_config(**changes):
         ("model_config.is_encoder_decoder", True, "encoder-decoder models"),
         ("model_config.is_hybrid", True, "attention-free and hybrid state models"),
         ("model_config.runner_type", "pooling", "pooling models"),
-        ("use_v2_model_runner", True, "Model Runner V2 on the CPU"),
+        ("use_v2_model_runner", True, "Model Runner V2 on CPUs, V1 on GPUs"),
         ("kv_events_config", SimpleNamespace(enable_kv_cache_events=True), "KV events"),
     ],
 )

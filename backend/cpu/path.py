@@ -15,7 +15,7 @@ from .decode import decode_attention
 from .prefill import attend_piece
 
 if TYPE_CHECKING:
-    from ..metadata import Compaction, ExpressMetadata, SequencePlan
+    from .metadata import Compaction, ExpressMetadata, SequencePlan
 
 
 class CpuPath:

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.express")
 
+#: By whether scheduling is asynchronous.
+SCHEDULERS = {
+    False: "express_vllm.scheduler.scheduler.ExpressScheduler",
+    True: "express_vllm.scheduler.scheduler.ExpressAsyncScheduler",
+}
+
 
 def chosen(vllm_config: VllmConfig) -> bool:
     """Whether the user gave `--attention-backend express`."""
@@ -34,7 +40,6 @@ class ExpressPlatformMixin:
     express_config: ServerConfig | None = None
     express_max_model_len: int = 0
     express_worker: str
-    express_scheduler: str
 
     @classmethod
     def get_attn_backend_cls(
@@ -60,10 +65,11 @@ class ExpressPlatformMixin:
             # On by default in vLLM; an explicit --enable-prefix-caching is refused above.
             vllm_config.cache_config.enable_prefix_caching = False
             logger.info("express: prefix caching, on by default in vLLM, is off")
-        vllm_config.scheduler_config.scheduler_cls = cls.express_scheduler
         if vllm_config.parallel_config.worker_cls == "auto":
             vllm_config.parallel_config.worker_cls = cls.express_worker
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
+        scheduler = vllm_config.scheduler_config  # the platform has just settled which it is
+        scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
         if vllm_config.model_config is not None:
             cls.express_max_model_len = vllm_config.model_config.max_model_len
         cls.express_config = config

@@ -9,4 +9,3 @@ from .common import ExpressPlatformMixin
 
 class ExpressCpuPlatform(ExpressPlatformMixin, CpuPlatform):
     express_worker = "express_vllm.backend.worker.ExpressCPUWorker"
-    express_scheduler = "express_vllm.scheduler.scheduler.ExpressScheduler"

@@ -15,8 +15,8 @@ from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionM
 from express_vllm.budget import Budget
 from express_vllm.layout import RING_ROWS, Event, Layout
 
-from .cpu.decode import DecodeBatch
-from .step import current_step
+from ..step import current_step
+from .decode import DecodeBatch
 
 
 @dataclass
@@ -135,7 +135,7 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
     ) -> ExpressMetadata:
         common = common_attn_metadata
         return plan_batch(
-            current_step().batch(common.num_reqs),
+            current_step().batch(common),
             common.query_start_loc_cpu.tolist(),
             common.seq_lens.tolist(),
             common.block_table_tensor.numpy(),

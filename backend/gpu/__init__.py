@@ -1,0 +1,1 @@
+"""The GPU path: Model Runner V2's metadata, one layer's forward pass, warm-up."""

@@ -1,0 +1,134 @@
+"""What the decode kernels know of a batch, at fixed device addresses.
+
+Between two events a request's slots only shift by a constant against its positions and its
+log-weights do not change, so each request has a row that is renewed when an event passes; a step
+adds token counts to rows, vectorised, and makes one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from express_vllm.layout import EXACT_SHAPE, RING_ROWS, Layout, layout_for
+
+from ..kernels.decode import MAX_SEGMENTS, segment_steps
+from ..kernels.step import Chunk
+
+if TYPE_CHECKING:
+    from express_vllm.budget import Budget
+
+#: 32-bit words of a request: live slots, ring row, segment starts and steps.
+WORDS = 2 + 2 * MAX_SEGMENTS
+
+
+def aligned(count: int) -> int:
+    return (count + 3) // 4 * 4
+
+
+def words_of(count: int) -> int:
+    return aligned(count) * WORDS
+
+
+@dataclass
+class DecodeTables:
+    """Views into the fixed table for a batch of `count` rows (kernels.decode)."""
+
+    count: int
+    live: Tensor  # int32 [count]
+    ring: Tensor  # int32 [count]
+    starts: Tensor  # int32 [count, MAX_SEGMENTS]
+    steps: Tensor  # fp32 [count, MAX_SEGMENTS]
+
+    @classmethod
+    def of(cls, words: Tensor, count: int) -> DecodeTables:
+        """Cut `words`, int32 [words_of(count)].  A graph captured for `count` finds the same views,
+        every one of them aligned to 16 bytes."""
+        starts, steps, live, ring = words.view(-1, aligned(count)).split(
+            [MAX_SEGMENTS] * 2 + [1, 1]
+        )
+        shape = (-1, MAX_SEGMENTS)
+        return cls(
+            count, live[0, :count], ring[0, :count], starts.view(shape)[:count],
+            steps.view(torch.float32).view(shape)[:count],
+        )  # fmt: skip
+
+
+class DecodeRows:
+    """Host rows by Model Runner V2's request index, and the device table."""
+
+    def __init__(self, requests: int, device: torch.device) -> None:
+        self._device_words = torch.zeros(words_of(requests), dtype=torch.int32, device=device)
+        self._names: list[str | None] = [None] * requests
+        # Valid for positions [event, until): live slots = position + shift.
+        self._event, self._until, self._shift, self._ring_from, self._ring_base = np.zeros(
+            (5, requests), np.int64
+        )
+        self._starts = np.zeros((requests, MAX_SEGMENTS), np.int32)
+        self._steps = np.zeros((requests, MAX_SEGMENTS), np.float32)
+
+    def update(
+        self,
+        index: np.ndarray,
+        names: Sequence[str],
+        budgets: Sequence[Budget | None],
+        positions: np.ndarray,
+    ) -> list[tuple[Layout, Chunk]]:
+        """Renew the rows of requests `index` whose next token is at `positions`.
+
+        -> what must be compacted before it: layouts and chunks that name the batch row.
+        """
+        outside = (positions < self._event[index]) | (positions >= self._until[index])
+        for r, i in enumerate(index.tolist()):
+            if outside[r] or self._names[i] != names[r]:
+                self._names[i] = names[r]
+                self._renew(i, _layout(budgets[r]), int(positions[r]))
+        due = []
+        for r in np.flatnonzero(positions == self._event[index]).tolist():
+            budget, position = budgets[r], int(positions[r])
+            if budget is not None and budget.layout is not None:
+                chunk = Chunk(position, position + 1, row=r, seed=budget.seed)
+                due.append((budget.layout, chunk))
+        return due
+
+    def _renew(self, i: int, layout: Layout, position: int) -> None:
+        done = layout.events_done(position + 1)
+        shape = layout.shape
+        self._event[i] = layout.event(done - 1).position if done else -1
+        self._until[i] = layout.next_event_position(position + 1)
+        self._shift[i] = layout.live(position + 1) - position
+        if shape.ring:
+            self._ring_from[i] = self._until[i] - RING_ROWS
+            self._ring_base[i] = 2 * (shape.slots - shape.ring)
+        else:
+            self._ring_from[i] = np.iinfo(np.int64).max
+        self._starts[i], self._steps[i] = segment_steps(layout.segments(position + 1))
+
+    def tables(self, index: np.ndarray, stops: np.ndarray, count: int) -> DecodeTables:
+        """Copy the rows of requests `index`, which then hold `stops` tokens; padded to `count`."""
+        words = np.zeros(words_of(count), np.int32)
+        here = DecodeTables.of(torch.from_numpy(words), count)
+        real, positions = len(index), stops - 1
+        here.live.numpy()[:real] = positions + self._shift[index]
+        row = positions - self._ring_from[index]
+        here.ring.numpy()[:real] = np.where(row >= 0, self._ring_base[index] + row, -1)
+        here.starts.numpy()[:real] = self._starts[index]
+        here.steps.numpy()[:real] = self._steps[index]
+        device_words = self._device_words[: len(words)]
+        async_tensor_h2d(words, out=device_words)
+        return DecodeTables.of(device_words, count)
+
+    def idle(self, count: int) -> DecodeTables:
+        """Rows of a dummy batch: no live slots, so that kernels do nothing."""
+        device_words = self._device_words[: words_of(count)]
+        return DecodeTables.of(device_words.zero_(), count)
+
+
+def _layout(budget: Budget | None) -> Layout:
+    return (budget and budget.layout) or layout_for(EXACT_SHAPE)

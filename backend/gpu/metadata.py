@@ -1,0 +1,202 @@
+"""A step's plan on the GPU, built from token counts that the host knows.
+
+Requests with one new token come first in a Model Runner V2 batch and are *decodes*: what the
+kernels need to know about them lies in tables at fixed addresses, so that a CUDA graph can be
+replayed.  Events of decodes run here, before the forward pass, on the pages of all layers at once.
+Requests with more tokens are *chunks*: layers work them off, events included, one by one.
+Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+
+from express_vllm.layout import EXACT_SHAPE, Layout, Shape, layout_for
+
+from ..kernels.step import Chunk, StepPlan, compact_pages
+from ..step import current_step
+from .decodes import DecodeRows, DecodeTables
+
+if TYPE_CHECKING:
+    from express_vllm.budget import Budget
+
+#: Tokens of a chunk that are worked off together: while one part's attention runs, the events of
+#: the next are worked off.
+PART = 4096
+#: Slots (of all layers, requests and KV heads) of one compaction launch: bounds its scratch memory.
+COMPACTION_SLOTS = 4096 * 2048
+
+
+@dataclass
+class ExpressMetadata:
+    """The step's plan: decodes are batch rows [0, decodes.count).
+
+    `chunks` holds groups of requests with one cache shape, each as its consecutive parts.
+    """
+
+    table: Tensor  # int32 [R, blocks]
+    decodes: DecodeTables | None
+    chunks: list[list[StepPlan]] = field(default_factory=list)
+
+    @property
+    def idle(self) -> bool:
+        """A dummy batch: nothing is written, nothing attended."""
+        return self.decodes is None and not self.chunks
+
+
+class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._rows = DecodeRows(vllm_config.scheduler_config.max_num_seqs, device)
+
+    @cached_property
+    def layers(self) -> LayerGroup:
+        """Known once the caches are bound, which is after this builder is made."""
+        context = self.vllm_config.compilation_config.static_forward_context
+        return LayerGroup.of([context[name] for name in self.layer_names])
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> ExpressMetadata:
+        common = common_attn_metadata
+        table = common.block_table_tensor
+        step = current_step()
+        names = step.request_ids(common)
+        if not names:
+            single = common.max_query_len == 1
+            return ExpressMetadata(table, self._rows.idle(common.num_reqs) if single else None)
+        counts = np.diff(common.query_start_loc_cpu.numpy())[: len(names)]
+        stops = common.seq_lens_cpu_upper_bound.numpy()[: len(names)]
+        decodes = int(np.argmax(counts != 1)) if (counts != 1).any() else len(names)
+        budgets = [step.budgets.get(name) for name in names]
+        due = self._rows.update(
+            common.req_idx[:decodes], names[:decodes], budgets[:decodes], stops[:decodes] - 1
+        )
+        self._compact(due, table)
+        padded = decodes if decodes < len(names) else common.num_reqs
+        return ExpressMetadata(
+            table,
+            self._rows.tables(common.req_idx[:decodes], stops[:decodes], padded)
+            if padded
+            else None,
+            self._chunks(budgets, common.query_start_loc_cpu.tolist(), stops.tolist(), decodes),
+        )
+
+    def _compact(self, due: Iterable[tuple[Layout, Chunk]], table: Tensor) -> None:
+        layers = self.layers
+        for layout, chunks in by_shape(due):
+            slots = layout.shape.slots * layers.count * layers.kv_heads
+            limit = max(1, COMPACTION_SLOTS // slots)
+            for first in range(0, len(chunks), limit):
+                plan = StepPlan.make(
+                    layout, chunks[first : first + limit], layers.group, self.device,
+                    compacting=True,
+                )  # fmt: skip
+                compact_pages(
+                    plan, layers.cache, layers.offsets, layers.ids, table, layers.first_kv_head,
+                    layers.scale, layers.group,
+                )  # fmt: skip
+
+    def _chunks(
+        self, budgets: Sequence[Budget | None], firsts: list[int], stops: list[int], decodes: int
+    ) -> list[list[StepPlan]]:
+        found = []
+        for r in range(decodes, len(budgets)):
+            budget = budgets[r]
+            layout = (budget and budget.layout) or layout_for(EXACT_SHAPE)
+            count = firsts[r + 1] - firsts[r]
+            seed = budget.seed if budget else 0
+            found.append((layout, Chunk(stops[r] - count, stops[r], firsts[r], r, seed)))
+        return [
+            [
+                StepPlan.make(layout, part, self.layers.group, self.device)
+                for part in in_parts(some, PART)
+            ]
+            for layout, chunks in by_shape(found)
+            for some in of_like_size(layout, chunks)
+        ]
+
+
+@dataclass
+class LayerGroup:
+    """The layers of one builder: their pages as offsets from the first one's."""
+
+    cache: Tensor  # [blocks, KV heads, block size, 2 d] of the first layer
+    offsets: Tensor  # int64 [L], elements
+    ids: Tensor  # int64 [L], global layer indices
+    count: int
+    kv_heads: int
+    group: int
+    first_kv_head: int
+    scale: float
+
+    @classmethod
+    def of(cls, layers: Sequence[Any]) -> LayerGroup:
+        from ..attention import layer_index
+
+        cache, impl = layers[0].kv_cache, layers[0].impl
+        starts = [layer.kv_cache.data_ptr() - cache.data_ptr() for layer in layers]
+        offsets = [start // cache.element_size() for start in starts]
+        ids = [layer_index(layer.layer_name) for layer in layers]
+        return cls(
+            cache, torch.tensor(offsets, dtype=torch.int64).to(cache.device),
+            torch.tensor(ids, dtype=torch.int64).to(cache.device), len(layers), impl.num_kv_heads,
+            impl.num_heads // impl.num_kv_heads, impl.first_kv_head, impl.scale,
+        )  # fmt: skip
+
+
+def by_shape(found: Iterable[tuple[Layout, Chunk]]) -> list[tuple[Layout, list[Chunk]]]:
+    """Chunks of the same cache shape together: a plan has one."""
+    groups: dict[Shape, list[Chunk]] = defaultdict(list)
+    for layout, chunk in found:
+        groups[layout.shape].append(chunk)
+    return [(layout_for(shape), chunks) for shape, chunks in groups.items()]
+
+
+def of_like_size(layout: Layout, chunks: Sequence[Chunk]) -> list[list[Chunk]]:
+    """Split chunks so that the longest of a list is at most twice its shortest.
+
+    A plan's requests share scratch pages of the longest one's size.
+    """
+    sized = sorted((layout.live(c.start) + c.stop - c.start, i) for i, c in enumerate(chunks))
+    lists: list[list[Chunk]] = []
+    limit = 0
+    for size, i in sized:
+        if size > limit:
+            lists.append([])
+            limit = 2 * size
+        lists[-1].append(chunks[i])
+    return lists
+
+
+def in_parts(chunks: Sequence[Chunk], length: int) -> list[list[Chunk]]:
+    """Cut chunks into consecutive parts of at most `length` tokens."""
+    parts: list[list[Chunk]] = []
+    for chunk in chunks:
+        for i, start in enumerate(range(chunk.start, chunk.stop, length)):
+            if i == len(parts):
+                parts.append([])
+            stop = min(start + length, chunk.stop)
+            token = chunk.token + start - chunk.start
+            parts[i].append(Chunk(start, stop, token, chunk.row, chunk.seed))
+    return parts

@@ -1,0 +1,86 @@
+"""One layer's attention on the GPU: decodes through tables that a graph captures, then chunks."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..kernels.decode import DecodeScratch, decode_attention, store_tokens
+from ..kernels.step import run_chunks, run_pipelined
+
+if TYPE_CHECKING:
+    from .metadata import ExpressMetadata
+
+
+class GpuPath:
+    """Runs a step's plan for one layer."""
+
+    def __init__(
+        self, layer: int, first_kv_head: int, scale: float, scratch: DecodeScratch
+    ) -> None:
+        self.layer = layer
+        self.first_kv_head = first_kv_head
+        self.scale = scale
+        self.scratch = scratch
+        self.side = side_stream(scratch.part.device)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        plan: ExpressMetadata,
+        output: Tensor,
+    ) -> None:
+        """query [T, heads, d], key and value [T, KV heads, d], output [T, heads, d] in place."""
+        if plan.idle:
+            output.zero_()
+        if plan.decodes is not None:
+            self._decode(query, key, value, kv_cache, plan, output)
+        for parts in plan.chunks:
+            arguments = (
+                query, key, value, kv_cache, plan.table, self.layer, self.first_kv_head,
+                self.scale, output,
+            )  # fmt: skip
+            if self.side is not None and len(parts) > 1:
+                run_pipelined(parts, *arguments, self.side)
+                continue
+            for part in parts:
+                run_chunks(part, *arguments)
+
+    def _decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        plan: ExpressMetadata,
+        output: Tensor,
+    ) -> None:
+        decodes = plan.decodes
+        assert decodes is not None
+        rows = slice(0, decodes.count)
+        store_tokens(
+            query[rows], key[rows], value[rows], kv_cache, plan.table, decodes.live, decodes.ring
+        )
+        decode_attention(
+            query[rows], kv_cache, plan.table, decodes.live, decodes.starts, decodes.steps,
+            self.scale, self.scratch, output[rows],
+        )  # fmt: skip
+
+
+@functools.cache
+def decode_scratch(
+    most: int, heads: int, size: int, slots: int, device: torch.device
+) -> DecodeScratch:
+    """Shared by all layers: they run one after the other."""
+    return DecodeScratch(most, heads, size, slots, device)
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None

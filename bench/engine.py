@@ -1,0 +1,212 @@
+"""vLLM end to end on a GPU, express beside FLASH_ATTN: `python -m bench.engine`.
+
+A Llama-3.1-8B with random weights (its speed is that of the real one).  Two figures a backend:
+
+- time to first token of one prompt, median of the repeats;
+- tokens per second in long-form decoding with as many requests as fit: every request has a prompt
+  of 1K tokens and grows by 8K.  The step time is measured over `--window` steps at several lengths
+  on the way and averaged over the way (trapezoid); `--whole` decodes all of it instead.
+
+Each backend runs in a process of its own, one after the other on the same device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench import record
+
+BACKENDS = ("FLASH_ATTN", "express")
+PROMPT, OUTPUT = 1024, 8192
+#: Llama-3.1-8B's shape (its RoPE scaling does not change its speed).
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 1 << 20,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(1000, 100000) for _ in range(count)]
+
+
+class Engine:
+    """A vLLM engine driven step by step."""
+
+    def __init__(self, backend: str, folder: str, options: argparse.Namespace) -> None:
+        from vllm import LLM
+
+        arguments: dict[str, Any] = {}
+        if backend == "express":
+            arguments["additional_config"] = {"express": {"memory_tokens": options.memory}}
+        self.llm = LLM(
+            folder, attention_backend=backend, load_format="dummy", skip_tokenizer_init=True,
+            max_model_len=max(options.lengths) + 64, max_num_batched_tokens=options.batched_tokens,
+            enable_prefix_caching=False, max_num_seqs=256, dtype="bfloat16",
+            tensor_parallel_size=options.tensor_parallel_size, disable_log_stats=True,
+            gpu_memory_utilization=0.92, **arguments,
+        )  # fmt: skip
+        self.engine = self.llm.llm_engine
+        self.count = 0
+
+    def slots(self) -> int:
+        cache = self.engine.vllm_config.cache_config
+        return cache.num_gpu_blocks * cache.block_size
+
+    def add(self, prompt: list[int], max_tokens: int) -> str:
+        from vllm import SamplingParams
+
+        self.count += 1
+        name = f"request-{self.count}"
+        params = SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
+        )
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        return name
+
+    def first_token(self, length: int) -> float:
+        """Seconds from the request to its only token."""
+        start = time.perf_counter()
+        self.add(tokens(length, self.count), 1)
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        return time.perf_counter() - start
+
+    def decode(self, requests: int, length: int, window: int) -> tuple[float, int]:
+        """Seconds in which all requests gain `window` tokens, and the tokens of all together."""
+        names = [self.add(tokens(length, i), OUTPUT) for i in range(requests)]
+        seen = dict.fromkeys(names, 0)
+
+        def run_until(least: int) -> None:
+            while min(seen.values()) < least:
+                for output in self.engine.step():
+                    seen[output.request_id] = len(output.outputs[0].token_ids)
+
+        run_until(8)
+        begin, base = time.perf_counter(), sum(seen.values())
+        run_until(8 + window)
+        seconds, count = time.perf_counter() - begin, sum(seen.values()) - base
+        if window + 8 < OUTPUT:
+            self.engine.abort_request(names)
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        return seconds, count
+
+
+def fitting(engine: Engine, backend: str, options: argparse.Namespace) -> int:
+    each = options.memory if backend == "express" else PROMPT + OUTPUT
+    return min(256, engine.slots() // each)
+
+
+def measure(backend: str, options: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(CONFIG))
+        begin = time.perf_counter()
+        engine = Engine(backend, folder, options)
+        row: dict[str, Any] = {
+            "backend": backend, "start, s": round(time.perf_counter() - begin),
+            "KV slots": engine.slots(),
+        }  # fmt: skip
+    engine.first_token(4096)  # what is compiled late
+    for length in options.lengths:
+        times = [engine.first_token(length) for _ in range(options.repeats)]
+        row[f"first token at {length}, s"] = round(statistics.median(times), 3)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    if options.window:
+        row |= long_form(engine, backend, options)
+    return row
+
+
+def long_form(engine: Engine, backend: str, options: argparse.Namespace) -> dict[str, Any]:
+    requests = fitting(engine, backend, options)
+    lengths = [PROMPT + i * (OUTPUT - 2 * options.window) // 3 for i in range(4)]
+    if options.whole:
+        seconds, count = engine.decode(requests, PROMPT, OUTPUT - 9)
+        return {"requests": requests, "tokens/s": round(count / seconds)}
+    steps = []
+    for length in lengths:
+        seconds, count = engine.decode(requests, length, options.window)
+        steps.append(seconds * requests / count)
+        print(f"{backend} at {length}: {1000 * steps[-1]:.2f} ms a step", file=sys.stderr)
+    mean = (steps[0] / 2 + sum(steps[1:-1]) + steps[-1] / 2) / (len(steps) - 1)
+    named = {f"step at {n}, ms": round(1000 * s, 2) for n, s in zip(lengths, steps, strict=True)}
+    return {"requests": requests, **named, "tokens/s": round(requests / mean)}
+
+
+def in_process(backend: str) -> dict[str, Any]:
+    """Measure one backend in a fresh process."""
+    with tempfile.NamedTemporaryFile("r") as file:
+        command = [sys.executable, "-m", "bench.engine", *sys.argv[1:], "--only", backend]
+        subprocess.run([*command, "--output", file.name], check=True)
+        return json.loads(file.read())
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m bench.engine")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 131072])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory", type=int, default=2048, help="express's memory budget, tokens")
+    parser.add_argument("--batched-tokens", type=int, default=8192)
+    parser.add_argument("--window", type=int, default=256, help="steps a length; 0: no decoding")
+    parser.add_argument("--whole", action="store_true", help="decode the whole output")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--name", default="engine", help="of the file in bench/results")
+    parser.add_argument("--backends", nargs="*", default=BACKENDS)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--output", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if options.only:
+        Path(options.output).write_text(json.dumps(measure(options.only, options)))
+        sys.stdout.flush()
+        os._exit(0)  # the engine's teardown is not measured
+    rows = [in_process(backend) for backend in options.backends]
+    path = record.save(options.name, rows)
+    print(record.table(transposed(rows)))
+    print(f"stored in {path}")
+
+
+def transposed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line a figure, one column a backend, the last against the first."""
+    lines = []
+    for name in dict.fromkeys(key for row in rows for key in row if key != "backend"):
+        line = {"figure": name} | {row["backend"]: row.get(name, "") for row in rows}
+        values = [row.get(name) for row in rows]
+        if len(values) == 2 and all(values):
+            line["second / first"] = round(values[1] / values[0], 3)
+        lines.append({"figure": "", **dict.fromkeys(line, ""), **line})
+    return lines
+
+
+if __name__ == "__main__":
+    main()
