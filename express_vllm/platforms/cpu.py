@@ -8,4 +8,4 @@ from .common import ExpressPlatformMixin
 
 
 class ExpressCpuPlatform(ExpressPlatformMixin, CpuPlatform):
-    express_worker = "express_vllm.backend.worker.ExpressCPUWorker"
+    express_worker = "express_vllm.backend.cpu.worker.ExpressCPUWorker"

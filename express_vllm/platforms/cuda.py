@@ -8,4 +8,4 @@ from .common import ExpressPlatformMixin
 
 
 class ExpressCudaPlatform(ExpressPlatformMixin, CudaPlatform):
-    express_worker = "express_vllm.backend.worker.ExpressGPUWorker"
+    express_worker = "express_vllm.backend.gpu.worker.ExpressGPUWorker"

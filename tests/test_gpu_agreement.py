@@ -1,0 +1,25 @@
+"""A long decode on the GPU gives the tokens of the CPU path, up to the first tie."""
+
+import json
+
+import pytest
+from cpu_tokens import COUNT, FILE, job
+from test_engine import run_engine, tokens  # noqa: F401
+
+pytestmark = pytest.mark.gpu
+#: Two backends' float32 log-probabilities differ by rounding; below this gap a token is tied.
+TIE = 2e-3
+
+
+def test_the_gpu_decodes_the_tokens_of_the_cpu(tmp_path, tokens):  # noqa: F811
+    expected = json.loads(FILE.read_text())
+    calls = [("generate", {"requests": [job(tokens)]})]
+    (result,) = run_engine(tmp_path, "express", calls)
+    ours = result["tokens"][0]
+    assert len(ours) == len(expected["tokens"]) == COUNT
+    pairs = enumerate(zip(ours, expected["tokens"], strict=True))
+    first = next((i for i, (a, b) in pairs if a != b), COUNT)
+    print(f"the first {first} of {COUNT} tokens agree")
+    if first < COUNT:
+        assert expected["margins"][first] < TIE
+    assert first > 100, "compactions have long begun"
