@@ -1,18 +1,28 @@
 """`Budget`: what one request may use, and the operator's limits that it is checked against.
 
-A request names its budget through sampling `extra_args` (over HTTP: `vllm_xargs`), in the fields
-of `FIELDS`.  `resolve` turns them into a `Budget` or raises `BudgetError`, whose message names the
-field, the value and what is allowed.  The same function runs in the API server, which refuses bad
-requests, and in the engine, so both always agree.
+A request names its budget through sampling `extra_args` (over HTTP: `vllm_xargs`, or the `express`
+object, which becomes the same), in the fields of `fields.Fields`.  `resolve` turns them into a
+`Budget` or raises `BudgetError`, whose message names the field, the value and what is allowed.  The
+same function runs in the API server, which refuses bad requests, and in the engine, so both always
+agree.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .fields import (
+    MAX_SEED,
+    PREFIX,
+    BudgetError,
+    Fields,
+    limited,
+    memory_slots,
+    parse,
+    unknown,
+)
 from .layout import (
     MIN_SLOTS,
     PROFILES,
@@ -24,25 +34,11 @@ from .layout import (
     make_shape,
 )
 
-PREFIX = "express_"
+__all__ = ["FIELDS", "MODES", "PREFIX", "Budget", "BudgetError", "ServerConfig", "resolve"]
+
 MODES = ("express", "exact")
 #: Request field -> what it means (docs/budgets.md).
-FIELDS = {
-    "express_memory_tokens": "most KV slots per layer and KV head that the request may ever hold",
-    "express_compute_tokens": "most KV entries that one token may attend to",
-    "express_seed": "seed of the compression's random choices",
-    "express_mode": "'express' (bounded) or 'exact' (every token is kept)",
-    "express_profile": "'recent' keeps recent tokens dense, 'even' favours old ones",
-}
-MAX_SEED = 2**63 - 1
-
-
-class BudgetError(ValueError):
-    """A budget that is refused: `field`, `value` and what is `allowed`."""
-
-    def __init__(self, field: str, value: object, allowed: str) -> None:
-        super().__init__(f"{field}={value!r} is not allowed: {allowed}")
-        self.field, self.value, self.allowed = field, value, allowed
+FIELDS = {PREFIX + name: str(f.description) for name, f in Fields.model_fields.items()}
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,10 @@ class Budget:
     @property
     def layout(self) -> Layout | None:
         return None if self.shape is None else layout_for(self.shape)
+
+    def compactions(self, tokens: int) -> int:
+        """Events that have run when `tokens` tokens are stored."""
+        return 0 if self.shape is None else layout_for(self.shape).events_done(tokens)
 
     def reserved(self, tokens: int) -> int:
         """Slots that must be allocated once `tokens` tokens are stored."""
@@ -96,7 +96,7 @@ class ServerConfig:
         known = {f.name for f in fields(cls)}
         for name, value in raw.items():
             if name not in known:
-                raise BudgetError(f"express.{name}", value, _unknown(str(name), known))
+                raise BudgetError(f"express.{name}", value, unknown(str(name), known))
         config = cls(**raw)
         config._check()
         return config
@@ -141,6 +141,10 @@ class ServerConfig:
         """The most slots that any request of this server may hold."""
         return min(self.max_memory_tokens or max_model_len, max_model_len)
 
+    def fields(self, max_model_len: int) -> type[Fields]:
+        """What a request may say, within these limits."""
+        return limited(self.min_memory_tokens, self.memory_cap(max_model_len))
+
     @property
     def ring(self) -> int:
         """Slots of a budget that hold queries and are never attended."""
@@ -154,35 +158,40 @@ def resolve(
     prompt_tokens: int,
     max_tokens: int | None,
     max_model_len: int,
+    slot_bytes: int | None = None,
+    prefix: str = PREFIX,
 ) -> Budget:
     """The budget of a request of `prompt_tokens` plus at most `max_tokens` tokens.
 
-    A request whose whole length fits its budget keeps every token.  Raises BudgetError.
+    A request whose whole length fits its budget keeps every token.  `slot_bytes` is what a slot
+    takes over all layers and KV heads; errors name fields with `prefix`.  Raises BudgetError.
     """
-    asked = {k: v for k, v in (extra_args or {}).items() if str(k).startswith(PREFIX)}
-    for name, value in asked.items():
-        if name not in FIELDS:
-            raise BudgetError(name, value, _unknown(name, set(FIELDS)))
-    mode = _choice("express_mode", asked.get("express_mode", config.mode), MODES)
-    profile = _choice(
-        "express_profile", asked.get("express_profile", config.profile), tuple(PROFILES)
-    )
-    seed = _integer("express_seed", asked.get("express_seed", config.seed), 0, MAX_SEED)
+    raw = {
+        str(k).removeprefix(PREFIX): v
+        for k, v in (extra_args or {}).items()
+        if str(k).startswith(PREFIX)
+    }
+    asked = parse(raw, config.fields(max_model_len), prefix)
+    mode = asked.mode or config.mode
+    profile = asked.profile or config.profile
+    seed = config.seed if asked.seed is None else asked.seed
     length = max_model_len
     if max_tokens is not None:
         length = min(max_model_len, prompt_tokens + max_tokens)
-    memory = _memory(asked, config, mode, max_model_len)
-    compute = asked.get("express_compute_tokens", config.compute_tokens)
+    memory = _memory(asked, config, mode, max_model_len, length, slot_bytes, prefix)
+    compute = asked.compute_tokens
     if compute is None:
-        compute = memory
-    elif "express_compute_tokens" in asked:
-        _integer(
-            "express_compute_tokens", compute, MIN_SLOTS, memory,
-            f"it cannot exceed the memory, {memory} tokens",
+        compute = config.compute_tokens or memory
+    elif compute > memory:
+        raise BudgetError(
+            f"{prefix}compute_tokens", compute,
+            f"it must be an integer from {MIN_SLOTS} to {memory} "
+            f"(it cannot exceed the memory, {memory} tokens)",
         )  # fmt: skip
     compute = min(compute, memory)
     if mode == "exact":
-        _check_exact(length, memory, "express_memory_tokens" in asked)
+        given = asked.memory_tokens is not None or asked.memory is not None
+        _check_exact(length, memory, given, prefix)
         return Budget(mode, memory, compute, seed, profile, length, None)
     slots = min(memory, compute + config.ring)
     if length <= min(memory, compute):
@@ -190,50 +199,65 @@ def resolve(
     try:
         shape = config.shape(slots, profile)
     except ValueError as error:
-        raise BudgetError("express_memory_tokens", memory, str(error)) from error
+        raise BudgetError(f"{prefix}memory_tokens", memory, str(error)) from error
     return Budget(mode, memory, compute, seed, profile, slots, shape)
 
 
-def _memory(asked: Mapping[str, Any], config: ServerConfig, mode: str, max_model_len: int) -> int:
+def _memory(
+    asked: Fields,
+    config: ServerConfig,
+    mode: str,
+    max_model_len: int,
+    length: int,
+    slot_bytes: int | None,
+    prefix: str,
+) -> int:
     cap = config.memory_cap(max_model_len)
-    if "express_memory_tokens" not in asked:
+    if asked.memory_tokens is not None:
+        if asked.memory is not None:
+            raise BudgetError(
+                f"{prefix}memory", asked.memory,
+                f"{prefix}memory_tokens={asked.memory_tokens} is given too; give one of them",
+            )  # fmt: skip
+        return asked.memory_tokens
+    if asked.memory is None:
         return cap if mode == "exact" else min(config.memory_tokens, cap)
-    return _integer(
-        "express_memory_tokens", asked["express_memory_tokens"], config.min_memory_tokens, cap
+    try:
+        slots, share = memory_slots(asked.memory, length, slot_bytes)
+    except ValueError as error:
+        raise BudgetError(f"{prefix}memory", asked.memory, str(error)) from error
+    low = min(config.min_memory_tokens, cap)
+    if share:  # 10% of a short prompt is the least that there is
+        slots = max(slots, low)
+    if low <= slots <= cap:
+        return slots
+    limits = f"{low} to {cap} tokens"
+    if slot_bytes:
+        limits += f", {low * slot_bytes} to {cap * slot_bytes} bytes"
+    raise BudgetError(
+        f"{prefix}memory", asked.memory, f"it is {slots} tokens, and {limits} are allowed"
     )
 
 
-def _check_exact(length: int, memory: int, asked: bool) -> None:
+def _check_exact(length: int, memory: int, asked: bool, prefix: str) -> None:
     if length <= memory:
         return
-    limit = "express_memory_tokens" if asked else "the server's max_memory_tokens"
+    limit = "the request's memory" if asked else "the server's max_memory_tokens"
     raise BudgetError(
-        "express_mode", "exact",
+        f"{prefix}mode", "exact",
         f"the request may grow to {length} tokens, but {limit} allows {memory}; "
-        "lower max_tokens, shorten the prompt or use express_mode='express'",
+        f"lower max_tokens, shorten the prompt or use {prefix}mode='express'",
     )  # fmt: skip
 
 
-def _unknown(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"{hint}known fields are {', '.join(sorted(known))}"
-
-
-def _integer(field: str, value: object, low: int, high: int | None, note: str = "") -> int:
-    if high is not None and high < low:
-        high = low
+def _integer(field: str, value: object, low: int, high: int | None) -> None:
     allowed = f"an integer from {low} to {high}" if high is not None else f"an integer from {low}"
-    if note:
-        allowed += f" ({note})"
     if isinstance(value, bool) or not isinstance(value, int):
         raise BudgetError(field, value, f"it must be {allowed}")
     if value < low or (high is not None and value > high):
         raise BudgetError(field, value, f"it must be {allowed}")
-    return value
 
 
-def _choice(field: str, value: object, allowed: tuple[str, ...]) -> str:
+def _choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
         raise BudgetError(field, value, f"it must be one of {', '.join(allowed)}")
-    return value

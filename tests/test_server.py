@@ -68,9 +68,8 @@ def test_a_long_prompt_never_holds_more_blocks_than_its_budget(server, long_prom
     done.set()
     watcher.join()
     assert answer.status_code == 200, answer.text
-    assert answer.json()["usage"] == {
-        "prompt_tokens": 6000, "completion_tokens": 40, "total_tokens": 6040,
-    } | {k: v for k, v in answer.json()["usage"].items() if k.endswith("details")}  # fmt: skip
+    usage = answer.json()["usage"]
+    assert usage["prompt_tokens"] == 6000 and usage["completion_tokens"] == 40
     assert max(seen) == math.ceil(512 / BLOCK_SIZE)
     assert server.blocks() == 0, "every block came back"
 

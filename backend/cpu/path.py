@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from express_vllm.layout import RING_ROWS
 
+from .. import timing
 from . import compaction
 from .decode import decode_attention
 from .prefill import attend_piece
@@ -121,11 +123,13 @@ class CpuPath:
         # `means` starts RING_ROWS before the chunk, so the rows before the event start here.
         first = step.event.position - plan.start
         rows = means[:, first : first + RING_ROWS].contiguous().numpy()
+        begin = time.perf_counter()
         compaction.compact(
             state.numpy(), target.numpy(), rows, step.log_weight, (step.event, shape, step.ops),
             seed=plan.seed, layer=self.layer, first_head=self.first_kv_head, scale=self.scale,
             kernel=self.kernel or shape.kernel,
         )  # fmt: skip
+        timing.add(time.perf_counter() - begin)
 
     def _query_rows(self, queries: Tensor, kv_cache: Tensor, plan: SequencePlan) -> Tensor:
         """Group-mean queries of positions [start - RING_ROWS, stop), fp32 [KV heads, ..., d].

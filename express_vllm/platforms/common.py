@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..budget import BudgetError, ServerConfig, resolve
 from ..conflicts import refuse_conflicts
+from ..kvsize import KVSize
 from ..plugin import BACKEND_NAME, BACKEND_PATH
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class ExpressPlatformMixin:
 
     express_config: ServerConfig | None = None
     express_max_model_len: int = 0
+    express_slot_bytes: int | None = None
     express_worker: str
 
     @classmethod
@@ -53,6 +55,15 @@ class ExpressPlatformMixin:
 
         ExpressBackend.check_layer(attn_selector_config)
         return BACKEND_PATH
+
+    @classmethod
+    def pre_register_and_update(cls, parser: Any = None) -> None:
+        """Give every API server our middleware; it does nothing unless express is chosen."""
+        super().pre_register_and_update(parser)  # type: ignore[misc]
+        if parser is not None:
+            from ..server.middleware import add_to
+
+            add_to(parser)
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
@@ -72,6 +83,7 @@ class ExpressPlatformMixin:
         scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
         if vllm_config.model_config is not None:
             cls.express_max_model_len = vllm_config.model_config.max_model_len
+            cls.express_slot_bytes = KVSize.of(vllm_config).slot_bytes
         cls.express_config = config
         logger.info("express: %s", config)
 
@@ -88,16 +100,14 @@ class ExpressPlatformMixin:
         super().validate_request(processed_inputs, params)  # type: ignore[misc]
         if cls.express_config is None:
             return
-        from vllm.exceptions import VLLMValidationError
-
         tokens = processed_inputs.get("prompt_token_ids")
         try:
             resolve(
                 getattr(params, "extra_args", None), cls.express_config,
                 prompt_tokens=len(tokens or ()), max_tokens=getattr(params, "max_tokens", None),
-                max_model_len=cls.express_max_model_len,
+                max_model_len=cls.express_max_model_len, slot_bytes=cls.express_slot_bytes,
             )  # fmt: skip
         except BudgetError as error:
-            raise VLLMValidationError(
-                str(error), parameter=error.field, value=error.value
-            ) from error
+            from ..server.errors import refused
+
+            raise refused(error) from error

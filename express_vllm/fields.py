@@ -1,0 +1,151 @@
+"""`Fields`: what a request may say about its cache; the only source of names, types and limits.
+
+The same model validates `vllm_xargs` (as `express_<field>`), the `express` object of a request
+body and `POST /v1/express/plan`, and is what the served OpenAPI schema shows.  `limited` narrows
+it to the operator's limits.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from .layout import MIN_SLOTS
+
+PREFIX = "express_"
+MAX_SEED = 2**63 - 1
+#: A share of what exact attention would hold, or a size in bytes.
+MEMORY = re.compile(r"(?P<number>[0-9]{1,15}(?:\.[0-9]{1,9})?) ?(?P<unit>%|[KMGT]i?B|B)")
+UNITS = {
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+}  # fmt: skip
+#: The longest piece of a refused value that an error repeats.
+SHOWN = 120
+
+
+class BudgetError(ValueError):
+    """A budget that is refused: `field`, `value` and what is `allowed`.
+
+    `reason` is one of a few short words, for metrics.
+    """
+
+    def __init__(self, field: str, value: object, allowed: str, reason: str = "") -> None:
+        self.field, self.value, self.allowed = field, value, allowed
+        self.reason = reason or re.sub(r"^express[_.]", "", field)
+        super().__init__(f"{field}={self.shown} is not allowed: {allowed}")
+
+    @property
+    def shown(self) -> str:
+        """The value as Python writes it, cut if it is long."""
+        try:
+            text = repr(self.value)
+        except ValueError:  # an integer of more digits than Python will write
+            text = f"<an integer of {self.value.bit_length()} bits>"  # type: ignore[attr-defined]
+        return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
+
+
+class Fields(BaseModel):
+    """What a request may use.  Everything is optional; the server's defaults fill the rest."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    memory_tokens: int | None = Field(
+        None, ge=MIN_SLOTS,
+        description="most KV slots per layer and KV head that the request may ever hold",
+    )  # fmt: skip
+    memory: str | None = Field(
+        None, pattern=f"^{MEMORY.pattern.replace('?P<number>', '').replace('?P<unit>', '')}$",
+        max_length=32, examples=["10%", "256MiB"],
+        description="the same as a share of what exact attention would hold for the request's "
+        "maximal length ('10%'), or in bytes over all layers and KV heads ('256MiB')",
+    )  # fmt: skip
+    compute_tokens: int | None = Field(
+        None, ge=MIN_SLOTS,
+        description="most KV entries that one token may attend to; at most the memory",
+    )  # fmt: skip
+    seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description="seed of the compression's random choices"
+    )
+    mode: Literal["express", "exact"] | None = Field(
+        None, description="'express' (bounded) or 'exact' (every token is kept)"
+    )
+    profile: Literal["recent", "even"] | None = Field(
+        None, description="'recent' keeps recent tokens dense, 'even' favours old ones"
+    )
+
+    def xargs(self) -> dict[str, Any]:
+        """The same budget as `vllm_xargs`."""
+        return {PREFIX + k: v for k, v in self.model_dump(exclude_none=True).items()}
+
+
+@lru_cache(maxsize=64)
+def limited(low: int, high: int) -> type[Fields]:
+    """`Fields` with the operator's limits for the memory."""
+    high = max(low, high)
+    changes: dict[str, Any] = {}
+    for name, least in (("memory_tokens", low), ("compute_tokens", MIN_SLOTS)):
+        text = Fields.model_fields[name].description
+        changes[name] = (int | None, Field(None, ge=least, le=high, description=text))
+    return create_model("ExpressFields", __base__=Fields, __doc__=Fields.__doc__, **changes)
+
+
+def parse(raw: object, model: type[Fields], prefix: str = PREFIX) -> Fields:
+    """Check a mapping of bare field names.  Raises BudgetError naming `<prefix><field>`."""
+    if not isinstance(raw, Mapping):
+        raise BudgetError(prefix.rstrip("._"), raw, "it must be a JSON object", "type")
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        allowed = unknown(prefix + name, {prefix + known for known in Fields.model_fields})
+        raise BudgetError(prefix + name, first["input"], allowed, "unknown_field")
+    raise BudgetError(prefix + name, first["input"], describe(model, name, prefix))
+
+
+def describe(model: type[Fields], name: str, prefix: str = PREFIX, note: str = "") -> str:
+    """What the field `name` allows, read from the model's schema."""
+    schema = model.model_json_schema()["properties"][name]
+    (kind,) = [part for part in schema["anyOf"] if part.get("type") != "null"]
+    if "enum" in kind:
+        return f"it must be one of {', '.join(kind['enum'])}"
+    if name == "memory":
+        return (
+            "it must be a share such as '10%' or a size such as '256MiB' "
+            f"(units: %, {', '.join(UNITS)}); for a number of tokens, did you mean "
+            f"{prefix}memory_tokens?"
+        )
+    allowed = f"it must be an integer from {kind['minimum']}"
+    if "maximum" in kind:
+        allowed += f" to {kind['maximum']}"
+    return f"{allowed} ({note})" if note else allowed
+
+
+def unknown(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}known fields are {', '.join(sorted(known))}"
+
+
+def memory_slots(text: str, exact_slots: int, slot_bytes: int | None) -> tuple[int, bool]:
+    """(slots, whether it is a share) that `text` buys.
+
+    A share is of `exact_slots`, what exact attention would hold; bytes are divided by `slot_bytes`.
+    Raises ValueError for text that `Fields` would refuse, or bytes without `slot_bytes`.
+    """
+    found = MEMORY.fullmatch(text)
+    if not found:
+        raise ValueError("it is neither a share nor a size in bytes")
+    number, unit = float(found["number"]), found["unit"]
+    if unit == "%":
+        return int(exact_slots * number / 100), True
+    if not slot_bytes:
+        raise ValueError("sizes in bytes need a model; give a share or tokens")
+    return int(number * UNITS[unit] / slot_bytes), False

@@ -1,0 +1,49 @@
+"""How express gets into vLLM's API server: a middleware that adds its routes at start-up.
+
+vLLM loads endpoint plugins only when VLLM_PLUGINS names them.  A middleware needs no such setting:
+the platform puts this one into the default of `--middleware` (a documented hook), so every API
+server process has it.  It touches nothing unless `--attention-backend express` was given.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+logger = logging.getLogger("vllm.express")
+PATH = "express_vllm.server.middleware.ExpressMiddleware"
+
+
+def add_to(parser: Any) -> None:
+    """Put the middleware into the default of `--middleware`, where the parser has that."""
+    for action in parser._actions:
+        if action.dest == "middleware" and PATH not in (action.default or []):
+            parser.set_defaults(middleware=[*(action.default or []), PATH])
+
+
+class ExpressMiddleware:
+    """Passes everything through; adds the routes when the server starts."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            self._start(scope["app"])
+        await self.app(scope, receive, send)
+
+    def _start(self, app: Any) -> None:
+        from ..platforms.common import chosen
+
+        config = getattr(app.state, "vllm_config", None)
+        if config is None or getattr(app.state, "engine_client", None) is None:
+            return  # a server without an engine
+        if not chosen(config):
+            return
+        from .routes import attach
+
+        attach(app)
+        logger.info("express: request API at /v1/express, page at /express")

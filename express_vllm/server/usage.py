@@ -1,0 +1,56 @@
+"""`usage.express`: what a request's cache held, from its budget and its lengths alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from ..budget import Budget
+
+
+@dataclass
+class Sequence:
+    """A sequence of `prompt` plus `output` tokens under a budget."""
+
+    budget: Budget
+    prompt: int
+    output: int = 0
+    done: bool = False
+
+    @property
+    def stored(self) -> int:
+        """Tokens whose keys and values were computed: the last one that is sampled never is."""
+        return self.prompt + max(self.output - 1, 0)
+
+
+class Usage(BaseModel):
+    """`usage.express` of an answer.  Counts are KV slots per layer and KV head.
+
+    With several sequences (`n`, several prompts) peaks and compactions are their sums, and the
+    memory is that of one of them.
+    """
+
+    mode: str
+    memory_tokens: int = Field(description="the budget of each sequence")
+    peak_kv_tokens: int = Field(description="slots that were reserved at most")
+    exact_kv_tokens: int = Field(description="slots that exact attention would have held")
+    compactions: int
+    compression_ratio: float = Field(description="exact_kv_tokens / peak_kv_tokens")
+    sequences: int
+
+
+def usage(sequences: list[Sequence]) -> dict[str, Any]:
+    """The `Usage` of the sequences of one call, as a dictionary."""
+    peak = sum(s.budget.reserved(s.stored) for s in sequences)
+    exact = sum(s.stored for s in sequences)
+    return Usage(
+        mode=sequences[0].budget.mode,
+        memory_tokens=max(s.budget.memory_tokens for s in sequences),
+        peak_kv_tokens=peak,
+        exact_kv_tokens=exact,
+        compactions=sum(s.budget.compactions(s.stored) for s in sequences),
+        compression_ratio=round(exact / peak, 4) if peak else 1.0,
+        sequences=len(sequences),
+    ).model_dump()
