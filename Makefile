@@ -33,6 +33,7 @@ test: model  ## run the tests
 	.venv/bin/python -m pytest $(TESTS)
 
 test-ops: model  ## run the tests that need Debian's chromium and prometheus, or minutes
+	@$(PYTHON) deploy/setup.py lint-deploy
 	.venv/bin/python -m pytest -m ops $(TESTS)
 
 lint: setup  ## check style and types

@@ -1,6 +1,6 @@
 """Creates .venv and installs this project into it; does nothing if that is already done.
 
-    python3 deploy/setup.py
+    python3 deploy/setup.py                # `deploy/setup.py lint-deploy` adds that extra
 
 EXPRESS_DEVICE=cpu or cuda chooses vLLM's build; by default cuda if `nvidia-smi` finds a GPU.
 Packages are installed with uv, from wherever pip is configured to find them.
@@ -47,8 +47,14 @@ def main() -> None:
     kind = f"{device} {sys.version_info.major}.{sys.version_info.minor} "
     stamp = kind + fingerprint()
     old = STAMP.read_text() if STAMP.exists() and PYTHON.exists() else ""
-    if old == stamp:
-        return
+    if old != stamp:
+        install(device, kind, old)
+        STAMP.write_text(stamp)
+    for extra in sys.argv[1:]:
+        add(extra, stamp)
+
+
+def install(device: str, kind: str, old: str) -> None:
     start = time.monotonic()
     say(f"setting up {VENV.name} for {device}, with Python {sys.version.split()[0]}")
     STAMP.unlink(missing_ok=True)
@@ -67,8 +73,17 @@ def main() -> None:
         targets = []
     with Step(f"install vLLM for {device} and this project"):
         run(uv("install", *targets, "--editable", f".[{device},dev,model,ops]"), environment)
-    STAMP.write_text(stamp)
     say(f"set up in {time.monotonic() - start:.0f} s")
+
+
+def add(extra: str, stamp: str) -> None:
+    """An extra that only some targets need: it is not worth everybody's download."""
+    done = VENV / f"express-setup-{extra}"
+    if done.exists() and done.read_text() == stamp:
+        return
+    with Step(f"install what {extra} needs"):
+        run(uv("install", "--editable", f".[{extra}]"), uv_environment())
+    done.write_text(stamp)
 
 
 def check_python() -> None:

@@ -112,8 +112,8 @@ OVERVIEW = Dashboard(
                     thresholds=RED_ABOVE_90,
                 ),
                 stat(
-                    "Tokens per second",
-                    "Tokens that were generated.",
+                    "Generated tokens per second",
+                    "Over all servers.",
                     rate("vllm:generation_tokens_total"),
                 ),
                 stat(
@@ -296,7 +296,7 @@ MEMORY = Dashboard(
                 ),
                 Panel(
                     "Compression of finished requests",
-                    "Tokens per slot at the end: 1 is exact.",
+                    "Tokens stored over the most slots held: 1 is exact.",
                     (
                         *quantiles("vllm:express_compression_ratio", 0.5, 0.95),
                         Query(mean("vllm:express_compression_ratio"), "mean"),

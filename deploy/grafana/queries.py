@@ -1,16 +1,19 @@
 """Refuses a query for a metric or label that the server does not export.
 
+    python deploy/grafana/queries.py http://localhost:8000/metrics
+
 A name that was mistyped, or that vLLM renamed, gives an empty panel or an alert that never fires,
-and nobody notices.  `exported` knows the names from the sources of vLLM and of express, `scraped`
-from a real /metrics; `problems` compares them with every query of the dashboards and rule files.
+and nobody notices.  `exported` reads the names and labels from the text of /metrics; `problems`
+compares them with every query of the dashboards and of the rule files.  The tests do both against
+the metrics that vLLM and express register and against a real server.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +21,10 @@ DEPLOY = Path(__file__).resolve().parent.parent
 DASHBOARDS = DEPLOY / "grafana" / "dashboards"
 RULES = (DEPLOY / "prometheus" / "recording.yml", DEPLOY / "prometheus" / "alerts.yml")
 
-#: Grafana's variables, in the form that Prometheus parses; `render.py` fills in other windows.
+#: Grafana's variables, in a form that Prometheus parses; `render.py` fills in other windows.
 VARIABLES = {"$__rate_interval": "5m", "$model": ".*", "$instance": ".*"}
-#: From Prometheus itself, and from prometheus_fastapi_instrumentator, which vLLM installs.
-ELSEWHERE = {"up", "http_requests_total"}
-#: Labels that Prometheus adds to every series.
-ADDED = {"job", "instance", "__name__"}
-SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+#: Labels that Prometheus and its histograms add.
+ADDED = {"job", "instance", "__name__", "le"}
 
 
 class Use(NamedTuple):
@@ -35,42 +35,13 @@ class Use(NamedTuple):
     labels: frozenset[str]
 
 
-def exported() -> set[str]:
-    """Series names that the sources of vLLM's loggers and of express's metrics declare."""
-    found = set(ELSEWHERE)
-    for module in ("vllm.v1.metrics.loggers", "express_vllm.server.metrics"):
-        for kind, name in declared(source(module)):
-            base = name.removesuffix("_total") if kind == "counter" else name
-            found |= {base + suffix for suffix in SUFFIXES[kind]}
-    return found
-
-
-def declared(text: str) -> Iterator[tuple[str, str]]:
-    """(kind, name) of `Counter(name="vllm:x"`, `self._gauge_cls("vllm:y"` and their like."""
-    call = re.compile(r'(counter|gauge|histogram)\w*\(\s*(?:name=)?"(vllm:\w+)"', re.IGNORECASE)
-    for match in call.finditer(text):
-        yield match[1].lower(), match[2]
-
-
-def source(module: str) -> str:
-    """A module's text, without importing it (vLLM takes seconds)."""
-    spec = find_spec(module.split(".")[0])
-    assert spec is not None, f"{module.split('.')[0]} is not installed"
-    for folder in spec.submodule_search_locations or ():
-        path = Path(folder, *module.split(".")[1:]).with_suffix(".py")
-        if path.exists():
-            return path.read_text()
-    raise FileNotFoundError(module)
-
-
-def scraped(text: str) -> dict[str, set[str]]:
-    """Series name -> label names, from the text of /metrics."""
+def exported(text: str) -> dict[str, set[str]]:
+    """Series name -> label names, from the text of /metrics; `up` is Prometheus's own."""
     found: dict[str, set[str]] = {"up": set()}
     for line in text.splitlines():
         match = re.match(r"([\w:]+)(?:\{(.*)\})? ", line)
         if match and not line.startswith("#"):
-            labels = re.findall(r'(\w+)="', match[2] or "")
-            found.setdefault(match[1], set()).update(labels)
+            found.setdefault(match[1], set()).update(re.findall(r'(\w+)="', match[2] or ""))
     return found
 
 
@@ -128,19 +99,29 @@ def uses(where: str, expression: str) -> Iterator[Use]:
     yield from found
 
 
-def problems(
-    known: Iterable[str],
-    queries: Iterable[tuple[str, str]],
-    labels: dict[str, set[str]] | None = None,
-) -> list[str]:
-    """What is queried and not exported; with `labels`, also labels that a metric does not have."""
-    names = set(known) | recorded()
+def problems(known: dict[str, set[str]], queries: Iterable[tuple[str, str]]) -> list[str]:
+    """What is queried and not exported: metrics, and labels of metrics."""
+    rules = recorded()
     wrong = []
     for where, expression in queries:
         for use in uses(where, expression):
-            if use.name not in names:
+            if use.name in rules:
+                continue
+            if use.name not in known:
                 wrong.append(f"{where}: the server does not export {use.name}")
-            elif labels and use.name in labels:
-                for label in sorted(use.labels - labels[use.name] - ADDED):
-                    wrong.append(f"{where}: {use.name} has no label {label}")
-    return wrong
+                continue
+            for label in sorted(use.labels - known[use.name] - ADDED):
+                wrong.append(f"{where}: {use.name} has no label {label}")
+    return list(dict.fromkeys(wrong))
+
+
+def main() -> None:
+    import httpx
+
+    wrong = problems(exported(httpx.get(sys.argv[1]).raise_for_status().text), expressions())
+    print("\n".join(wrong) or "every query is answered by this server's metrics")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
