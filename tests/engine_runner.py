@@ -11,10 +11,17 @@ import os
 import sys
 import time
 from collections import defaultdict
+from types import SimpleNamespace
 
 JOB = json.load(sys.stdin) if __name__ == "__main__" else {}
 if JOB.get("engine", {}).get("tensor_parallel_size", 1) == 1:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+if JOB.get("interpret"):
+    # Model Runner V2 on a CPU: Triton's interpreter stands in for the backend that vLLM looks for.
+    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -26,7 +26,7 @@ OWN = "TRITON_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
 OWN_POOL = 49
 
 
-def run_engine(tmp_path, backend, calls, *, environment=None, **engine):
+def run_engine(tmp_path, backend, calls, *, environment=None, interpret=False, **engine):
     """Run `calls` on a fresh engine in a subprocess; -> their results."""
     output = tmp_path / f"{backend}.json"
     job = {
@@ -44,6 +44,7 @@ def run_engine(tmp_path, backend, calls, *, environment=None, **engine):
             **engine,
         },
         "calls": calls,
+        "interpret": interpret,
         "output": str(output),
     }
     log = tmp_path / f"{backend}.log"
