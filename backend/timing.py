@@ -29,9 +29,11 @@ def take() -> float:
 
 
 def stamp(output: Any) -> Any:
-    """Put the step's seconds on its output; anything else passes through."""
-    if isinstance(output, ModelRunnerOutput) and output is not EMPTY_MODEL_RUNNER_OUTPUT:
+    """Put the step's seconds on its output, which may still be on its way from a GPU; anything else
+    passes through."""
+    inner = getattr(output, "model_runner_output", output)
+    if isinstance(inner, ModelRunnerOutput) and inner is not EMPTY_MODEL_RUNNER_OUTPUT:
         seconds = take()
         if seconds:
-            setattr(output, COMPACTION_SECONDS, seconds)
+            setattr(inner, COMPACTION_SECONDS, seconds)
     return output

@@ -29,6 +29,7 @@ from express_vllm.layout import EXACT_SHAPE, Layout, Shape, layout_for
 from ..kernels.step import Chunk, StepPlan, compact_pages
 from ..step import current_step
 from .decodes import DecodeRows, DecodeTables
+from .timer import CompactionTimer
 
 if TYPE_CHECKING:
     from express_vllm.budget import Budget
@@ -65,6 +66,7 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._rows = DecodeRows(vllm_config.scheduler_config.max_num_seqs, device)
+        self._timer = CompactionTimer(device)
 
     @cached_property
     def layers(self) -> LayerGroup:
@@ -92,7 +94,10 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
         due = self._rows.update(
             common.req_idx[:decodes], names[:decodes], budgets[:decodes], stops[:decodes] - 1
         )
-        self._compact(due, table)
+        self._timer.report()
+        if due:
+            with self._timer.span():
+                self._compact(due, table)
         padded = decodes if decodes < len(names) else common.num_reqs
         return ExpressMetadata(
             table,
