@@ -147,7 +147,12 @@ OVERVIEW = Dashboard(
                 Panel(
                     "Refused requests per second",
                     "Budgets outside what the operator allows, by reason.",
-                    (Query(rate("vllm:express_refused_requests_total", "reason"), "{{reason}}"),),
+                    (
+                        Query(
+                            f"{rate('vllm:express_refused_requests_total', 'reason')} > 0",
+                            "{{reason}}",
+                        ),
+                    ),
                     "reqps",
                     stack=True,
                 ),
