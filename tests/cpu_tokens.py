@@ -1,6 +1,7 @@
 """Writes tests/data/cpu-tokens.json: a long greedy decode on the CPU path, for the GPU to repeat.
 
-`python tests/cpu_tokens.py` on a machine without a GPU; test_gpu_agreement.py reads the file.
+`python tests/cpu_tokens.py` on a machine without a GPU; test_gpu_agreement.py reads the file.  The
+prompt is stored too, since its text (realdata.py) is that of one Python version.
 """
 
 from __future__ import annotations
@@ -15,12 +16,10 @@ FILE = Path(__file__).with_name("data") / "cpu-tokens.json"
 COUNT = 4096
 
 
-def job(tokens):
-    """The request: 900 tokens of real text in 512 slots, continued for COUNT tokens."""
+def job(prompt):
+    """The request: a prompt longer than its 512 slots, continued for COUNT tokens."""
     fields = {"express_memory_tokens": 512, "express_seed": 11}
-    return {
-        "prompt": tokens[500:1400], "max_tokens": COUNT, "extra_args": fields, "margin": True,
-    }  # fmt: skip
+    return {"prompt": prompt, "max_tokens": COUNT, "extra_args": fields, "margin": True}
 
 
 def main():
@@ -28,12 +27,14 @@ def main():
     from test_engine import run_engine
     from transformers import AutoTokenizer
 
-    tokens = AutoTokenizer.from_pretrained(smallmodel.ensure())(realdata.text())["input_ids"]
+    text = AutoTokenizer.from_pretrained(smallmodel.ensure())(realdata.text())["input_ids"]
+    prompt = text[500:1400]
     with tempfile.TemporaryDirectory() as folder:
-        calls = [("generate", {"requests": [job(tokens)]})]
-        (result,) = run_engine(Path(folder), "express", calls)
+        calls = [("generate", {"requests": [job(prompt)]})]
+        (result,) = run_engine(Path(folder), "express", calls, timeout=7200)
     rounded = [round(x, 4) for x in result["margins"][0]]
-    FILE.write_text(json.dumps({"tokens": result["tokens"][0], "margins": rounded}) + "\n")
+    content = {"prompt": prompt, "tokens": result["tokens"][0], "margins": rounded}
+    FILE.write_text(json.dumps(content) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ OWN = "TRITON_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
 OWN_POOL = 49
 
 
-def run_engine(tmp_path, backend, calls, *, environment=None, interpret=False, **engine):
+def run_engine(
+    tmp_path, backend, calls, *, environment=None, interpret=False, timeout=900, **engine
+):
     """Run `calls` on a fresh engine in a subprocess; -> their results."""
     output = tmp_path / f"{backend}.json"
     job = {
@@ -59,7 +61,7 @@ def run_engine(tmp_path, backend, calls, *, environment=None, interpret=False, *
             start_new_session=True,
         )
         try:
-            process.communicate(json.dumps(job), timeout=900)
+            process.communicate(json.dumps(job), timeout=timeout)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # the engine's workers outlive the runner

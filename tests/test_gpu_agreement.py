@@ -4,16 +4,16 @@ import json
 
 import pytest
 from cpu_tokens import COUNT, FILE, job
-from test_engine import run_engine, tokens  # noqa: F401
+from test_engine import run_engine
 
 pytestmark = pytest.mark.gpu
 #: Two backends' float32 log-probabilities differ by rounding; below this gap a token is tied.
 TIE = 2e-3
 
 
-def test_the_gpu_decodes_the_tokens_of_the_cpu(tmp_path, tokens):  # noqa: F811
+def test_the_gpu_decodes_the_tokens_of_the_cpu(tmp_path):
     expected = json.loads(FILE.read_text())
-    calls = [("generate", {"requests": [job(tokens)]})]
+    calls = [("generate", {"requests": [job(expected["prompt"])]})]
     (result,) = run_engine(tmp_path, "express", calls)
     ours = result["tokens"][0]
     assert len(ours) == len(expected["tokens"]) == COUNT
