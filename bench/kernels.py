@@ -2,31 +2,39 @@
 
 Llama-3.1-8B's head shape (32 query heads, 8 KV heads, head size 128), bf16, batch 1.  Causal
 prefill attention of a whole prompt, compression included, against torch's FlashAttention 2 and
-cuDNN on the same tensors; weighted paged decode against a device copy; compaction of a decode step.
+cuDNN and vLLM's FlashAttention 3 on the same tensors; weighted paged decode against a device copy;
+compaction of a decode step.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from express_vllm.backend.kernels import decode, step
 from express_vllm.backend.kernels.step import Chunk, StepPlan, Tuning
-from express_vllm.layout import Layout, layout_for, make_shape
+from express_vllm.layout import Layout, Shape, layout_for, make_shape
+
+from . import record
 
 HEADS, KV_HEADS, SIZE = 32, 8, 128
 GROUP, SCALE, BLOCK = HEADS // KV_HEADS, SIZE**-0.5, 16
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
+#: Columns of the table; a row has a value for each, "-" where it does not apply.
+COLUMNS = (
+    "what", "kernel", "ms", "attention alone, ms", "compression's share", "events",
+    "us an event", "TFLOP/s", "GB/s", "x FA2", "x cuDNN", "x FA3",
+)  # fmt: skip
+
+
+def row(what: str, kernel: str, ms: float | str, **values: Any) -> dict[str, Any]:
+    return {**dict.fromkeys(COLUMNS, "-"), "what": what, "kernel": kernel, "ms": ms, **values}
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 5, warm: bool = True) -> float:
@@ -52,7 +60,7 @@ def random_tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Prefill:
-    """A prompt's causal attention, cut into parts whose events overlap with attention."""
+    """A prompt's causal attention; events overlap with it on a stream of their own."""
 
     def __init__(self, layout: Layout, batch: tuple[Tensor, Tensor, Tensor], part: int) -> None:
         self.batch = batch
@@ -66,71 +74,105 @@ class Prefill:
             StepPlan.make(layout, [Chunk(s, min(s + part, count), s, 0, 7)], GROUP, DEVICE)
             for s in range(0, count, part)
         ]
-
-    def arguments(self) -> tuple:
-        return *self.batch, self.cache, self.table, 0, 0, SCALE
+        self.events = sum(s.events for s in self.steps)
 
     def run(self) -> None:
-        step.run_pipelined(self.steps, *self.arguments(), self.output, self.side)
+        step.run_pipelined(
+            self.steps, *self.batch, self.cache, self.table, 0, 0, SCALE, self.output, self.side
+        )
 
-    def compress(self) -> list:
-        return [step.advance(s, *self.arguments()) for s in self.steps]
+    def compress(self, tuning: Tuning | None = None) -> list[tuple[step.Source, Tensor]]:
+        """Everything but attention and the state in the pages."""
+        query, key, value = self.batch
+        states = []
+        for s in self.steps:
+            source = step.chunk_source(s, key, value, self.cache, self.table)
+            if not s.events:
+                states.append((source, step.identity_lists(s, KV_HEADS, DEVICE)))
+                continue
+            scores = step.score_recent(s, query, self.cache, source, 1, SCALE, GROUP)
+            lists, _ = step.compact(
+                s, scores, source, KV_HEADS, SIZE, s.zero, 0, SCALE, tuning=tuning
+            )
+            states.append((source, lists))
+        return states
 
-    def attend(self, states: list) -> None:
+    def attend(self, states: list[tuple[step.Source, Tensor]]) -> None:
         for s, (source, lists) in zip(self.steps, states, strict=True):
             step.attend_chunks(s, self.batch[0], source, lists, SCALE, self.output)
 
 
-def part_length(count: int) -> int:
-    return 4096 if count <= 8192 else 8192
-
-
-def exact_attention(batch: tuple[Tensor, Tensor, Tensor], backend: SDPBackend) -> float:
-    """Milliseconds of torch's causal attention on K and V repeated for each query head."""
-    query, key, value = (x.transpose(0, 1)[None] for x in batch)
-    with sdpa_kernel(backend):
-        return milliseconds(
-            lambda: torch.nn.functional.scaled_dot_product_attention(
+def sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], object]:
+    def run(query: Tensor, key: Tensor, value: Tensor) -> object:
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(
                 query, key, value, is_causal=True, enable_gqa=True
-            ),
-            2 if len(batch[0]) > 200_000 else 4,
-        )
+            )
+
+    return run
 
 
-def prefill_rows(count: int, cases: list[tuple[str, int]], part: int | None) -> list[dict]:
-    rows = []
-    batch = random_tokens(count)
-    base = {}
-    for name, backend in (
-        ("FA2", SDPBackend.FLASH_ATTENTION),
-        ("cuDNN", SDPBackend.CUDNN_ATTENTION),
-    ):
-        base[name] = exact_attention(batch, backend)
-        rows.append({"what": f"prefill {count}", "kernel": name, "ms": base[name]})
-    for schedule, slots in cases:
-        layout = layout_for(make_shape(slots, schedule=schedule))
-        prefill = Prefill(layout, batch, part or part_length(count))
-        total = milliseconds(prefill.run, 3)
-        assert bool(prefill.output.isfinite().all()), "an output was not written"
-        states = prefill.compress()
-        alone = milliseconds(lambda p=prefill, s=states: p.attend(s), 3, warm=False)
-        apart = milliseconds(prefill.compress, 3, warm=False)
-        events = sum(s.events for s in prefill.steps)
-        attended = sum(layout.live(n + 1) for n in range(count))
-        rows.append(
-            {
-                "what": f"prefill {count}", "kernel": f"Express {schedule} {slots}",
-                "ms": total, "attention_ms": alone, "compression_ms": apart,
-                "compression_share": max(0.0, 1 - alone / total), "events": events,
-                "us_per_event": 1e3 * apart / max(events, 1),
-                "attention_tflops": 4e-9 * attended * SIZE * HEADS / alone,
-                "against_FA2": base["FA2"] / total, "against_cuDNN": base["cuDNN"] / total,
-            }
+def flash_attention_3() -> Callable[[Tensor, Tensor, Tensor], object]:
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> object:
+        ends = torch.tensor([0, len(query)], dtype=torch.int32, device=DEVICE)
+        return flash_attn_varlen_func(
+            query, key, value, max_seqlen_q=len(query), cu_seqlens_q=ends,
+            max_seqlen_k=len(query), cu_seqlens_k=ends, softmax_scale=SCALE, causal=True,
+            fa_version=3,
         )  # fmt: skip
-        del prefill, states
-    del batch
-    torch.cuda.empty_cache()
+
+    return run
+
+
+def exact_rows(batch: tuple[Tensor, Tensor, Tensor]) -> list[dict]:
+    """Exact causal attention by others' kernels; "-" and the reason where one is missing."""
+    count = len(batch[0])
+    repeats = 4 if count <= 200_000 else 2 if count <= 600_000 else 1
+    kernels: dict[str, Callable[[], Callable]] = {
+        "FA2": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
+        "cuDNN": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
+        "FA3": flash_attention_3,
+    }
+    rows = []
+    for name, make in kernels.items():
+        try:
+            run = make()
+            time_ms: float | str = milliseconds(lambda r=run: r(*batch), repeats, repeats > 1)
+        except (ImportError, RuntimeError) as reason:
+            print(f"no {name} at {count} tokens: {str(reason).splitlines()[0]}", flush=True)
+            time_ms = "-"
+        rows.append(row(f"prefill {count}", name, time_ms))
     return rows
+
+
+def express_row(
+    batch: tuple[Tensor, Tensor, Tensor], shape: Shape, name: str, part: int | None,
+    exact: dict[str, float | str],
+) -> dict:  # fmt: skip
+    count, layout = len(batch[0]), layout_for(shape)
+    prefill = Prefill(layout, batch, part or count)
+    total = milliseconds(prefill.run, 3)
+    assert bool(prefill.output.isfinite().all()), "an output was not written"
+    states = prefill.compress()
+    alone = milliseconds(lambda: prefill.attend(states), 3, warm=False)
+    apart = milliseconds(prefill.compress, 3, warm=False)
+    attended = sum(layout.live(n + 1) for n in range(count))
+    return row(
+        f"prefill {count}", name, total,
+        **{
+            "attention alone, ms": alone, "compression's share": max(0.0, 1 - alone / total),
+            "events": prefill.events, "us an event": 1e3 * apart / max(prefill.events, 1),
+            "TFLOP/s": 4e-9 * attended * SIZE * HEADS / alone,
+        },
+        **{
+            f"x {kernel}": time_ms / total
+            for kernel, time_ms in exact.items()
+            if isinstance(time_ms, float)
+        },
+    )  # fmt: skip
 
 
 def copy_bandwidth() -> float:
@@ -140,7 +182,7 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / milliseconds(lambda: target.copy_(source)) / 1e6
 
 
-def decode_row(requests: int, live: int) -> dict:
+def decode_rows(requests: int, live: int) -> list[dict]:
     bandwidth = copy_bandwidth()
     pages = live // BLOCK
     cache = torch.randn(requests * pages, KV_HEADS, BLOCK, 2 * SIZE, device=DEVICE, dtype=DTYPE)
@@ -160,15 +202,17 @@ def decode_row(requests: int, live: int) -> dict:
         decode.decode_attention(query, cache, table, lengths, starts, steps, SCALE, scratch, output)
 
     time_ms = milliseconds(run, 10)
-    rate = cache.nbytes / time_ms / 1e6
-    return {
-        "what": f"decode {requests} x {live}", "kernel": "Express", "ms": time_ms, "GB/s": rate,
-        "copy_GB/s": bandwidth, "of_copy": rate / bandwidth,
-    }  # fmt: skip
+    return [
+        row("device copy", "torch", "-", **{"GB/s": bandwidth}),
+        row(
+            f"decode {requests} x {live}", "Express", time_ms,
+            **{"GB/s": cache.nbytes / time_ms / 1e6},
+        ),
+    ]  # fmt: skip
 
 
-def compaction_row(slots: int, requests: int, layers: int) -> dict:
-    """One decode step in which every request has an event, and its share of an average step."""
+def compaction_rows(slots: int, requests: int, layers: int) -> list[dict]:
+    """One decode step in which every request has an event, and its part of an average step."""
     layout = layout_for(make_shape(slots))
     pages = -(-slots // BLOCK)
     cache = torch.randn(
@@ -187,88 +231,93 @@ def compaction_row(slots: int, requests: int, layers: int) -> dict:
         step.compact_pages(plan, cache[0], offsets, ids, table, 0, SCALE, GROUP)
 
     time_ms = milliseconds(run, 3)
-    return {
-        "what": f"compaction {requests} requests x {layers} layers", "kernel": f"Express {slots}",
-        "ms": time_ms, "ms_per_step": time_ms / layout.shape.interval,
-    }  # fmt: skip
+    what = f"compaction {requests} requests x {layers} layers"
+    interval = layout.shape.interval
+    return [
+        row(what, f"Express {slots}", time_ms),
+        row(f"{what}, per step of {interval}", f"Express {slots}", time_ms / interval),
+    ]
 
 
-def event_rows(count: int, slots: int, ways: list[tuple[int, int]]) -> list[dict]:
+def event_rows(count: int, shape: Shape, ways: list[tuple[int, int]]) -> list[dict]:
     """Microseconds an event for each way (team, warps) to share it out."""
-    layout = layout_for(make_shape(slots))
-    batch = random_tokens(count)
-    prefill = Prefill(layout, batch, count)
-    plan = prefill.steps[0]
-    query, key, value = batch
-    source = step.chunk_source(plan, key, value, prefill.cache, prefill.table)
-    zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    rows = step.query_rows(plan, query, prefill.cache, zero, prefill.table, GROUP)
+    prefill = Prefill(layout_for(shape), random_tokens(count), count)
     found = []
     for team, warps in ways:
         tuning = Tuning(team=team, warps=warps)
-        time_ms = milliseconds(
-            lambda t=tuning: step.compact(plan, rows, source, zero, 0, SCALE, 0, t), 3
-        )
+        time_ms = milliseconds(lambda t=tuning: prefill.compress(t), 3)
         found.append(
-            {
-                "what": f"events {count}", "kernel": f"{slots} team {team} warps {warps}",
-                "ms": time_ms, "us_per_event": 1e3 * time_ms / plan.events,
-            }
+            row(
+                f"events {count}", f"{shape.slots} team {team} warps {warps}", time_ms,
+                events=prefill.events, **{"us an event": 1e3 * time_ms / prefill.events},
+            )
         )  # fmt: skip
     return found
 
 
-def show(row: dict) -> str:
-    rest = ", ".join(
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in row.items()
-        if name not in ("what", "kernel", "ms")
+def shown(value: Any) -> str:
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and value < 1000
+        else (f"{value:.0f}" if isinstance(value, float) else str(value))
     )
-    return f"{row['what']:34} {row['kernel']:24} {row['ms']:9.3f} ms  {rest}"
+
+
+def case(text: str) -> tuple[str, Shape]:
+    """schedule:slots or schedule:slots:interval -> its name and shape."""
+    schedule, slots, *interval = text.split(":")
+    shape = make_shape(
+        int(slots), schedule=schedule, interval=int(interval[0]) if interval else None
+    )
+    return f"Express {' '.join(text.split(':'))}", shape
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lengths", default="8192,32768,131072,524288")
-    parser.add_argument("--cases", default="lazy:1024,lazy:2048,lazy:4096")
-    parser.add_argument("--only", default="prefill,decode,compaction,events")
+    parser.add_argument("--lengths", default="8192,32768,131072,524288,1048576")
+    parser.add_argument(
+        "--cases", default="lazy:1024,lazy:2048,lazy:4096,paper:2048",
+        help="schedule:slots[:interval], ...",
+    )  # fmt: skip
+    parser.add_argument("--paper-up-to", type=int, default=131072, help="tokens")
+    parser.add_argument("--only", default="decode,compaction,prefill", help="and events")
     parser.add_argument("--teams", default="1x8,4x8", help="programs x warps of `events`")
-    parser.add_argument("--part", type=int, help="tokens of a part whose events run ahead")
-    parser.add_argument("--json", default="bench/results/kernels.json")
+    parser.add_argument("--part", type=int, help="tokens of a part, if not the whole prompt")
+    parser.add_argument("--no-exact", action="store_true", help="only Express's own rows")
+    parser.add_argument("--name", default="kernels", help="of the file in bench/results/")
     options = parser.parse_args()
     torch.manual_seed(0)
     wanted = options.only.split(",")
-    cases = [(s, int(n)) for s, n in (case.split(":") for case in options.cases.split(","))]
+    cases = [case(text) for text in options.cases.split(",")]
     rows: list[dict] = []
 
-    def add(new: list[dict]) -> None:
-        for row in new:
-            print(show(row), flush=True)
+    def add(new: list[dict]) -> list[dict]:
+        for found in new:
+            print(*(shown(found[name]) for name in COLUMNS), sep=" | ", flush=True)
         rows.extend(new)
+        torch.cuda.empty_cache()
+        return new
 
+    print(*COLUMNS, sep=" | ")
     if "events" in wanted:
         ways = [way.split("x") for way in options.teams.split(",")]
-        add(event_rows(32768, 2048, [(int(team), int(warps)) for team, warps in ways]))
+        add(event_rows(32768, cases[0][1], [(int(team), int(warps)) for team, warps in ways]))
     if "decode" in wanted:
-        add([decode_row(256, 2048)])
-        torch.cuda.empty_cache()
+        add(decode_rows(256, 2048))
     if "compaction" in wanted:
-        add([compaction_row(2048, 64, 32)])
-        torch.cuda.empty_cache()
-    if "prefill" in wanted:
-        for count in options.lengths.split(","):
-            add(prefill_rows(int(count), cases, options.part))
-    result = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "command": " ".join(["python -m bench.kernels", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "rows": rows,
-    }
-    path = Path(options.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+        add(compaction_rows(2048, 64, 32))
+    for count in map(int, options.lengths.split(",") if "prefill" in wanted else ()):
+        batch = random_tokens(count)
+        exact = [] if options.no_exact else add(exact_rows(batch))
+        times = {found["kernel"]: found["ms"] for found in exact}
+        for name, shape in cases:
+            if shape.schedule == "paper" and count > options.paper_up_to:
+                continue
+            add([express_row(batch, shape, name, options.part, times)])
+        del batch
+    print()
+    print(record.table([{k: shown(v) for k, v in found.items()} for found in rows]))
+    print(record.save(options.name, rows))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ EVENT, EVENTS, OLD, SHIFT, TOKEN = (
 SEED_LOW, SEED_HIGH, TABLE, LIST, INSTANCE = (
     tl.constexpr(n) for n in (plan.SEED_LOW, plan.SEED_HIGH, plan.TABLE, plan.LIST, plan.INSTANCE)
 )
-FINAL_STORED, FINAL_LIVE, STOP, RING, RING_FROM = (
+FINAL_STORED, FINAL_LIVE, STOP, RING, RING_FROM, KNOWN = (
     tl.constexpr(n)
-    for n in (plan.FINAL_STORED, plan.FINAL_LIVE, plan.STOP, plan.RING, plan.RING_FROM)
-)
+    for n in (
+        plan.FINAL_STORED, plan.FINAL_LIVE, plan.STOP, plan.RING, plan.RING_FROM, plan.KNOWN,
+    )
+)  # fmt: skip
 # A layout's events.
 POSITION, STORED, INCOMING, LIVE, AFTER = (
     tl.constexpr(n) for n in (plan.POSITION, plan.STORED, plan.INCOMING, plan.LIVE, plan.AFTER)

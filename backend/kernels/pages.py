@@ -8,7 +8,7 @@ import triton.language as tl
 from express_vllm.layout import RING_ROWS
 
 from . import columns
-from .rows import slot_rows
+from .rows import request_slots, slot_rows
 
 ROWS = tl.constexpr(RING_ROWS)
 
@@ -26,45 +26,11 @@ def group_mean(p_query, m, s_head, o_d, m_d, GROUP: tl.constexpr, DTYPE: tl.cons
 
 
 @triton.jit
-def query_rows_kernel(
-    query, pages, layer_offsets, table, requests, instances,
-    rows,  # out [L, I, H, ROWS, D]
-    s_query, s_query_head, s_page, s_head, s_slot, s_table, heads, count,
-    D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HAS_NEW: tl.constexpr,
-):  # fmt: skip
-    """The query rows of an event: from the ring those before the step, from the step the others."""
-    i_instance, i_head, i_layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    instance = instances + i_instance * columns.INSTANCES
-    request = requests + tl.load(instance) * columns.REQUEST
-    kept = tl.load(instance + 2)
-    o_r, o_d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
-    m_d = o_d < D
-    m_ring = o_r < kept
-    p_table = table + tl.load(request + columns.TABLE) * s_table
-    p_slots = tl.multiple_of(pages + tl.load(layer_offsets + i_layer) + i_head * s_head, 16)
-    ring = tl.load(request + columns.RING).to(tl.int32)
-    i_slot = tl.where(m_ring, ring + o_r // 2, 0)
-    p_ring = slot_rows(i_slot, p_slots, p_table, s_page, s_slot, BLOCK_SIZE) + (o_r % 2) * D
-    b_row = tl.load(p_ring[:, None] + o_d[None, :], mask=m_ring[:, None] & m_d[None, :], other=0.0)
-    if HAS_NEW:
-        i_token = (tl.load(instance + 3) + o_r).to(tl.int64)
-        p_query = query + i_token * s_query + i_head * GROUP * s_query_head
-        b_mean = group_mean(p_query, o_r >= kept, s_query_head, o_d, m_d, GROUP, b_row.dtype)
-        b_row = tl.where(m_ring[:, None], b_row, b_mean)
-    i_row = ((i_layer * count + i_instance).to(tl.int64) * heads + i_head) * ROWS
-    tl.store(rows + (i_row + o_r[:, None]) * D + o_d[None, :], b_row, mask=m_d[None, :])
-
-
-@triton.jit
-def keep_rows_kernel(
-    query, pages, table, requests,
-    s_query, s_query_head, s_page, s_head, s_slot, s_table,
+def keep_rows(
+    query, pages, p_table, request, i_head, s_query, s_query_head, s_page, s_head, s_slot,
     D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Store in the ring the step's query rows that the event after the step will need."""
-    i_request, i_head = tl.program_id(0), tl.program_id(1)
-    request = requests + i_request * columns.REQUEST
     ring = tl.load(request + columns.RING).to(tl.int32)
     start = tl.load(request + columns.OLD) - tl.load(request + columns.SHIFT)
     o_r, o_d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
@@ -76,7 +42,6 @@ def keep_rows_kernel(
         p_query + i_head * GROUP * s_query_head, m, s_query_head, o_d, m_d, GROUP,
         pages.dtype.element_ty,
     )  # fmt: skip
-    p_table = table + tl.load(request + columns.TABLE) * s_table
     i_slot = tl.where(m, ring + o_r // 2, 0)
     p_row = slot_rows(i_slot, pages + i_head * s_head, p_table, s_page, s_slot, BLOCK_SIZE)
     p_row += (o_r % 2) * D
@@ -134,16 +99,25 @@ def append_kernel(
 
 @triton.jit
 def scatter_kernel(
-    pages, dense, table, requests, lists,
-    s_page, s_head, s_slot, s_table, s_dense, s_dense_head, heads, width,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    pages, source, table, requests, lists, query,
+    s_page, s_head, s_slot, s_table,
+    s_source, s_source_head, s_source_slot, s_value, s_query, s_query_head, heads, width,
+    D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Write a request's state after the step to its pages: slots that moved, and new tokens.
+    """Write a request's state after the step to its pages: slots that moved, new tokens, and the
+    query rows that the next event will need.
 
-    Entries are read from their dense copy, so nothing overwritten is read.
+    Entries are read from the step's source, never from pages, so nothing overwritten is read.
     """
     i_request, i_head, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK
     request = requests + i_request * columns.REQUEST
+    p_table = table + tl.load(request + columns.TABLE) * s_table
+    if first == 0:
+        keep_rows(
+            query, pages, p_table, request, i_head, s_query, s_query_head, s_page, s_head, s_slot,
+            D, D_PAD, GROUP, BLOCK_SIZE,
+        )  # fmt: skip
     events, old = tl.load(request + columns.EVENTS), tl.load(request + columns.OLD).to(tl.int32)
     stored, live = (
         tl.load(request + columns.FINAL_STORED).to(tl.int32),
@@ -158,16 +132,19 @@ def scatter_kernel(
     )
     i_source = tl.where(i_slot < stored, i_source, i_slot + recent)
     i_source = tl.where(m_slot, i_source, 0)
-    p_slots = dense + i_request.to(tl.int64) * s_dense + i_head * s_dense_head
-    p_from = slot_rows(i_source, p_slots, table, s_dense, 2 * D, 0)
-    o_d = tl.arange(0, 2 * D_PAD)
-    m = m_slot[:, None] & (o_d < 2 * D)[None, :]
-    b_row = tl.load(p_from[:, None] + o_d[None, :], mask=m)
-    p_table = table + tl.load(request + columns.TABLE) * s_table
+    p_slots = request_slots(
+        source, request, i_request, i_head, s_source, s_source_head, s_source_slot, 0
+    )
+    p_from = slot_rows(i_source, p_slots, table, s_source, s_source_slot, 0)
+    o_d = tl.arange(0, D_PAD)
+    m = m_slot[:, None] & (o_d < D)[None, :]
+    b_k = tl.load(p_from[:, None] + o_d[None, :], mask=m)
+    b_v = tl.load(p_from[:, None] + s_value + o_d[None, :], mask=m)
     p_row = slot_rows(
         tl.where(m_slot, i_slot, 0), pages + i_head * s_head, p_table, s_page, s_slot, BLOCK_SIZE
     )
-    tl.store(p_row[:, None] + o_d[None, :], b_row, mask=m)
+    tl.store(p_row[:, None] + o_d[None, :], b_k, mask=m)
+    tl.store(p_row[:, None] + D + o_d[None, :], b_v, mask=m)
 
 
 @triton.jit

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from express_vllm.layout import DRAW, Event, Layout, Shape, layout_for
 
-#: Points of one halving tile (PAIRS pairs): the sequential walk never leaves a tile.
-PAIRS = 64
-TILE_POINTS = 2 * PAIRS
+#: Most points of one halving tile: the sequential walk never leaves a tile.
+TILE_POINTS = 128
 
 #: Columns of `EventTables.headers`, int32.  STORED: slots before the incoming tokens, LIVE: all
 #: live slots before the event, AFTER: slots before the exact recent ones after it; ROUND and FINAL
@@ -35,17 +34,17 @@ OP = 6
 #: the step, OLD live slots before it, SHIFT from a position to its source index, batch row of its
 #: first TOKEN, seed words, block TABLE row, first LIST row and event INSTANCE, then the state after
 #: the step: FINAL_STORED, FINAL_LIVE, token count STOP; first slot of the query RING (-1: none) and
-#: the position RING_FROM of its row 0.
+#: the position RING_FROM of its row 0; KNOWN: entries of its first list.
 (EVENT, EVENTS, OLD, SHIFT, TOKEN, SEED_LOW, SEED_HIGH, TABLE, LIST, INSTANCE, FINAL_STORED,
- FINAL_LIVE, STOP, RING, RING_FROM) = range(15)  # fmt: skip
+ FINAL_LIVE, STOP, RING, RING_FROM, KNOWN) = range(16)  # fmt: skip
 REQUEST = 16
 #: Columns of a step's event instances, int32: request, event, how many of its query rows lie in the
 #: ring, batch row of query row 0 (as if the step held all rows).
 INSTANCES = 4
 #: Columns of a step's query tiles, int32: batch row of the first token, tokens, list row, stored
 #: slots, offset of their log2 weights, source indices of the first exact token and of the first
-#: query's own token, request.
-ITEM = 8
+#: query's own token, request, and how many of its lists must be written.
+ITEM = 9
 
 
 def stored_after(layout: Layout, events: int) -> int:
@@ -67,6 +66,7 @@ class EventTables:
         self.ids_used = 0
         self.virtual = 0  # the most virtual ids of an event
         self.longest = 0  # the longest halving
+        self.pairs = 32 if 0 < shape.group <= 64 else TILE_POINTS // 2  # of a tile
         self._headers: list[list[int]] = []
         self._rounds: list[tuple[int, int]] = []
         self._ops: list[list[int]] = []
@@ -155,17 +155,36 @@ class EventTables:
             self._ops.append(row)
 
     def _upload(self) -> None:
-        def tensor(rows, columns) -> Tensor:
-            array = np.array(rows, np.int32).reshape(-1, columns)
-            return torch.from_numpy(array).to(self.device)
+        def rows(values: list, columns: int) -> np.ndarray:
+            return np.array(values or [[0] * columns], np.int32).reshape(-1, columns)
 
-        self.headers = tensor(self._headers or [[0] * HEADER], HEADER)
-        self.rounds = tensor(self._rounds or [(0, 0)], 2)
-        self.ops = tensor(self._ops or [[0] * OP], OP)
-        self.ids = torch.from_numpy(np.concatenate(self._ids or [np.zeros(1, np.int32)])).to(
-            self.device
+        self.headers, self.rounds, self.ops, self.ids, self.bias = to_device(
+            [
+                rows(self._headers, HEADER), rows(self._rounds, 2), rows(self._ops, OP),
+                np.concatenate(self._ids or [np.zeros(1, np.int32)]), np.concatenate(self._bias),
+            ],
+            self.device,
+        )  # fmt: skip
+
+
+def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Copy arrays in one transfer that the host does not wait for; -> views of the copy."""
+    sizes = [-(-max(a.nbytes, 1) // 16) * 16 for a in arrays]
+    host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    at = 0
+    for array, size in zip(arrays, sizes, strict=True):
+        host.numpy()[at : at + array.nbytes] = (
+            np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         )
-        self.bias = torch.from_numpy(np.concatenate(self._bias)).to(self.device)
+        at += size
+    copy = host.to(device, non_blocking=True)
+    views = []
+    at = 0
+    for array, size in zip(arrays, sizes, strict=True):
+        dtype = torch.from_numpy(array[:0]).dtype
+        views.append(copy[at : at + array.nbytes].view(dtype).view(array.shape))
+        at += size
+    return views
 
 
 @lru_cache(maxsize=64)

@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 
 from . import columns
-from .rows import slot_rows
+from .rows import request_slots, slot_rows, wait_until
 
 
 @triton.jit
 def attend_tile(
-    b_q, b_acc, b_most, b_sum, p_k, b_bias, m_seen, o_d, m_d, scale2,
+    b_q, b_acc, b_most, b_sum, p_k, s_value, b_bias, m_seen, o_d, m_d, scale2,
     D: tl.constexpr, D_PAD: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax, base 2: keys and values at rows p_k [N]."""
@@ -34,9 +34,9 @@ def attend_tile(
     b_fade = tl.exp2(b_most - b_new)
     b_sum = b_sum * b_fade + tl.sum(b_share, 1)
     if D == D_PAD:
-        b_v = tl.load(p_k[:, None] + D + o_d[None, :])
+        b_v = tl.load(p_k[:, None] + s_value + o_d[None, :])
     else:
-        b_v = tl.load(p_k[:, None] + D + o_d[None, :], mask=m_d[None, :], other=0.0)
+        b_v = tl.load(p_k[:, None] + s_value + o_d[None, :], mask=m_d[None, :], other=0.0)
     b_acc = b_acc * b_fade[:, None]
     b_acc = tl.dot(b_share.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
     return b_acc, b_new, b_sum
@@ -44,21 +44,29 @@ def attend_tile(
 
 @triton.jit
 def prefill_kernel(
-    query, dense, items, lists, bias,
+    query, pages, items, requests, lists, bias,
+    progress,  # int32 [R, H]: lists that are written
     output,  # out, as query
-    s_query, s_query_head, s_output, s_output_head,
-    s_dense, s_dense_head, scale2, heads, width,
+    s_query, s_query_head, s_output, s_output_head, s_value, s_page, s_head, s_slot, scale2, heads,
+    width,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    item, i_head = items + tl.program_id(0) * columns.ITEM, tl.program_id(1)
+    # Heads first: programs start in the order in which the lists are written.
+    i_head, item = tl.program_id(0), items + tl.program_id(1) * columns.ITEM
     row, count = tl.load(item), tl.load(item + 1)
     i_list, stored = tl.load(item + 2).to(tl.int64), tl.load(item + 3)
     p_bias = bias + tl.load(item + 4)
     recent, last = tl.load(item + 5), tl.load(item + 6)
     i_request = tl.load(item + 7)
-    p_slots = dense + i_request.to(tl.int64) * s_dense + i_head * s_dense_head
+    p_slots = request_slots(
+        pages, requests + i_request * columns.REQUEST, i_request, i_head, s_page, s_head, s_slot, 0
+    )
     p_list = lists + (i_list * heads + i_head) * width
+    if WAIT:
+        needed = tl.load(item + 8)
+        if needed > 0:
+            wait_until(progress + i_request * heads + i_head, needed)
 
     o_m, o_n, o_d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, D_PAD)
     m_d = o_d < D
@@ -76,26 +84,26 @@ def prefill_kernel(
         m_slot = i_slot < stored
         i_source = tl.load(p_list + i_slot, mask=m_slot, other=0)
         b_bias = tl.load(p_bias + i_slot, mask=m_slot, other=-1.0e30)
-        p_k = slot_rows(i_source, p_slots, lists, 0, 2 * D, 0)
+        p_k = slot_rows(i_source, p_slots, lists, 0, s_slot, 0)
         b_acc, b_most, b_sum = attend_tile(
-            b_q, b_acc, b_most, b_sum, p_k, b_bias, m_row[:, None], o_d, m_d, scale2,
+            b_q, b_acc, b_most, b_sum, p_k, s_value, b_bias, m_row[:, None], o_d, m_d, scale2,
             D, D_PAD, True, False,
         )  # fmt: skip
     # Tiles that every row of the query tile sees whole, then the diagonal ones.
     whole = recent + (last + 1 - recent) // N * N
     for first in range(recent, whole, N):
-        p_k = slot_rows(first + o_n, p_slots, lists, 0, 2 * D, 0)
+        p_k = slot_rows(first + o_n, p_slots, lists, 0, s_slot, 0)
         b_acc, b_most, b_sum = attend_tile(
-            b_q, b_acc, b_most, b_sum, p_k, b_sum, m_row[:, None], o_d, m_d, scale2,
+            b_q, b_acc, b_most, b_sum, p_k, s_value, b_sum, m_row[:, None], o_d, m_d, scale2,
             D, D_PAD, False, False,
         )  # fmt: skip
     for first in range(whole, last + count, N):
         i_source = first + o_n
         m_seen = i_source[None, :] <= last + i_token[:, None]
         i_source = tl.minimum(i_source, last + count - 1)
-        p_k = slot_rows(i_source, p_slots, lists, 0, 2 * D, 0)
+        p_k = slot_rows(i_source, p_slots, lists, 0, s_slot, 0)
         b_acc, b_most, b_sum = attend_tile(
-            b_q, b_acc, b_most, b_sum, p_k, b_sum, m_seen, o_d, m_d, scale2,
+            b_q, b_acc, b_most, b_sum, p_k, s_value, b_sum, m_seen, o_d, m_d, scale2,
             D, D_PAD, False, True,
         )  # fmt: skip
     p_output = output + o_row * s_output + i_query_head * s_output_head
@@ -104,3 +112,10 @@ def prefill_kernel(
         p_output[:, None] + o_d[None, :], b_acc.to(output.dtype.element_ty),
         mask=m_row[:, None] & m_d[None, :],
     )  # fmt: skip
+
+
+@triton.jit
+def wait_started_kernel(counters, programs):
+    """Return once the compaction's programs run: attention, which waits for their lists, must not
+    take the multiprocessors that they need."""
+    wait_until(counters, programs)

@@ -1,15 +1,18 @@
 """Device functions shared by the kernels: random bits and where an entry's key and value lie.
 
 An entry of a request is named by its *source index*: [0, old) are the live slots that the request
-held before the step, old + t is token t of the step.  A step with new tokens first copies both,
-in this order, to a dense page; a step without works on the pages.  So the state after any event is
-a list of source indices, and nothing moves while events are worked off.
+held before the step, old + t is token t of the step.  A step with new tokens reads them where they
+are if its requests held nothing before; else it first copies both, in this order, to a dense page.
+A step without new tokens works on the pages.  So the state after any event is a list of source
+indices, and nothing moves while events are worked off.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from . import columns
 
 
 @triton.jit
@@ -37,7 +40,7 @@ def event_key(seed_low, seed_high, layer, head, position):
 
 @triton.jit
 def slot_rows(i_slot, p_slots, p_table, s_page, s_slot, BLOCK_SIZE: tl.constexpr):
-    """Pointers [N] to the first element of a request's slots (its key; the value D behind).
+    """Pointers [N] to the first element of a request's slots: its key.
 
     p_slots: this layer's and head's slot 0 of page 0; p_table: the block-table row.  BLOCK_SIZE 0:
     one dense page.
@@ -48,3 +51,33 @@ def slot_rows(i_slot, p_slots, p_table, s_page, s_slot, BLOCK_SIZE: tl.constexpr
         i_page = tl.load(p_table + i_slot // BLOCK_SIZE).to(tl.int64)
         p_row = p_slots + i_page * s_page + (i_slot % BLOCK_SIZE) * s_slot
     return p_row
+
+
+@triton.jit
+def request_slots(
+    pages, request, i_request, i_head, s_page, s_head, s_slot, BLOCK_SIZE: tl.constexpr
+):
+    """Slot 0 of a request in a dense page of its own, in the batch (s_page 0), or in page 0."""
+    p_slots = pages + i_head * s_head
+    if BLOCK_SIZE == 0:
+        p_slots += i_request.to(tl.int64) * s_page
+        if s_page == 0:
+            p_slots += tl.load(request + columns.TOKEN) * s_slot
+    return p_slots
+
+
+@triton.jit
+def wait_until(p_count, target):
+    """Wait until another program has counted up to `target`; what it wrote before can be read."""
+    while acquire(p_count) < target:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def acquire(p_count):
+    """int32 at p_count, by a load: Triton orders only atomics like this, and they take longer."""
+    return tl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [p_count.to(tl.int64)], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip

@@ -18,21 +18,25 @@ from torch import Tensor
 from express_vllm.layout import RING_ROWS, Layout
 
 from . import plan
-from .compaction import compact_kernel, score_recent_kernel
+from .compaction import compact_kernel
 from .halving import EXPONENTIAL, GAUSSIAN
+from .launch import launch
 from .pages import (
     append_kernel,
     gather_kernel,
-    keep_rows_kernel,
     move_kernel,
-    query_rows_kernel,
     scatter_kernel,
 )
 from .plan import EventTables, stored_after, tables_for
-from .prefill import prefill_kernel
+from .prefill import prefill_kernel, wait_started_kernel
+from .selection import score_recent_kernel
 
 #: Rows of a query tile: tokens times query heads of a KV head.
 QUERY_ROWS = 128
+#: Slices of an event's stored slots; a team has at most as many members.
+SLICES = 4
+#: Bytes of the keys that one batch of pair differences reads.
+_OPERAND = 32 << 10
 _LOG2E = 1.4426950408889634
 
 
@@ -58,6 +62,7 @@ class StepPlan:
     requests: Tensor
     instances: Tensor
     items: Tensor
+    zero: Tensor  # int64 [1]: 0, the offset of the only layer
     count: int
     old: int  # the most live slots a request held before the step
     tokens: int  # the most new tokens of a request
@@ -66,8 +71,7 @@ class StepPlan:
     events: int  # the most events of a request
     lists: int
     width: int  # of a list: stored slots
-    incoming: tuple[int, int]  # most incoming tokens of the first event of a layout, of later ones
-    starts_exact: bool
+    incoming: int  # incoming tokens of the layout's first event if the step has it
 
     @classmethod
     def make(
@@ -86,15 +90,18 @@ class StepPlan:
             end = layout.events_done(stop + 1 if compacting else stop)
             last = max(last, end)
             tables = tables_for(shape, device).upto(end)
+            known = (
+                layout.event(begin).incoming_start if end > begin else stored_after(layout, begin)
+            )
             old = layout.live(chunk.start)
             shift = old - chunk.start
             upcoming = shape.first_event + end * shape.interval
             final = layout.event(end - 1).live_after if compacting and end else layout.live(stop)
             low, high = chunk.seed & 0xFFFFFFFF, (chunk.seed >> 32) & 0xFFFFFFFF
-            requests[r, :15] = (
+            requests[r] = (
                 begin, end - begin, old, shift, chunk.token, low, high, chunk.row, lists,
                 len(instances), stored_after(layout, end), final, stop,
-                shape.slots - shape.ring if shape.ring else -1, upcoming - RING_ROWS,
+                shape.slots - shape.ring if shape.ring else -1, upcoming - RING_ROWS, known,
             )  # fmt: skip
             for k in range(begin, end):
                 first = layout.event(k).position - RING_ROWS
@@ -104,29 +111,25 @@ class StepPlan:
                 items.append(_items(layout, tables, chunk, r, (begin, end), lists, shift, group,
                                     tile))  # fmt: skip
             stored = [layout.event(k).incoming_start for k in range(begin, end)]
-            width = max([width, stored_after(layout, end), stored_after(layout, begin), *stored])
+            width = max([width, stored_after(layout, end), known, *stored])
             lists += end - begin + 1
             live = max(live, final)
-        late = layout.event(1).incoming if last > 1 else 0
-        if shape.schedule == "paper":
-            late = max([layout.event(k).incoming for k in range(1, last)], default=0)
         counts = requests[:, plan.STOP] - (requests[:, plan.OLD] - requests[:, plan.SHIFT])
+        starts_exact = ((requests[:, plan.EVENT] == 0) & (requests[:, plan.EVENTS] > 0)).any()
+        requests_, instances_, items_, zero = plan.to_device(
+            [
+                requests, np.array(instances, np.int32).reshape(-1, plan.INSTANCES),
+                np.concatenate(items or [np.zeros((0, plan.ITEM), np.int32)]),
+                np.zeros(1, np.int64),
+            ],
+            device,
+        )  # fmt: skip
         return cls(
-            tables_for(shape, device).upto(last),
-            torch.from_numpy(requests).to(device),
-            _table(instances, plan.INSTANCES, device),
-            torch.from_numpy(np.concatenate(items or [np.zeros((0, plan.ITEM), np.int32)])).to(
-                device
-            ),
+            tables_for(shape, device).upto(last), requests_, instances_, items_, zero,
             len(chunks), int(requests[:, 2].max()), int(counts.max()),
             int((counts + requests[:, 2]).max()), live, int(requests[:, 1].max()), lists,
-            width, (layout.event(0).incoming if last else 0, late),
-            bool(((requests[:, 0] == 0) & (requests[:, 1] > 0)).any()),
+            width, layout.event(0).incoming if starts_exact else 0,
         )  # fmt: skip
-
-
-def _table(rows: list, columns: int, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.array(rows, np.int32).reshape(-1, columns)).to(device)
 
 
 def _items(
@@ -151,24 +154,25 @@ def _items(
         part[:, 5] = recent + shift
         part[:, 6] = first + shift
         part[:, 7] = request
+        part[:, 8] = k - begin + 1 if k else 0
         rows.append(part)
     return np.concatenate(rows)
 
 
 @dataclass
 class Source:
-    """Where keys and values lie: dense page r of request r, or the pages of several layers."""
+    """Where keys and values lie: dense page r of request r, the step's own tensors, or the pages of
+    several layers."""
 
-    pages: Tensor  # [pages, KV heads, slots, 2 d]
+    pages: Tensor  # [pages, KV heads, slots, ...]: keys; a value `value` elements behind its key
+    strides: tuple[int, int, int]  # of a page (0: requests lie in the batch), a head, a slot
+    value: int
     layer_offsets: Tensor  # int64 [L]: element offset of each layer's pages from `pages`
     table: Tensor  # int32 [R, blocks]
-    block_size: int  # 0: dense
+    block_size: int  # 0: not paged
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.pages, self.layer_offsets, self.table
-
-    def strides(self) -> tuple[int, ...]:
-        return *self.pages.stride()[:3], self.table.stride(0)
 
 
 @dataclass
@@ -181,74 +185,117 @@ class Tuning:
     stages: int = 3
 
 
+@dataclass
+class Scores:
+    """What is computed for all events of a step beforehand: query rows [L, instances, KV heads,
+    RING_ROWS, d]; scores of the candidates [..., candidates, RING_ROWS], incoming ones filled in;
+    maximum and sum of exponentials of the recent tokens [..., RING_ROWS]."""
+
+    rows: Tensor
+    score: Tensor
+    peak: Tensor
+    total: Tensor
+
+
+@dataclass
+class Progress:
+    """What compaction tells about itself while it runs: see `compact_kernel`."""
+
+    counters: Tensor
+    lists: Tensor
+    programs: int
+
+
+def score_recent(
+    step: StepPlan, query: Tensor | None, kv_cache: Tensor, source: Source, layers: int,
+    scale: float, group: int,
+) -> Scores:  # fmt: skip
+    heads, block_size, size = kv_cache.shape[1], kv_cache.shape[2], kv_cache.shape[3] // 2
+    shape, instances, device = step.tables.layout.shape, len(step.instances), kv_cache.device
+    if not shape.heavy:
+        none = torch.empty(1, dtype=torch.float32, device=device)
+        return Scores(none.to(kv_cache.dtype), none[None, None], none, none)
+    candidates = triton.cdiv(shape.heavy + max(step.incoming, shape.interval), 16) * 16
+    leading = (layers, instances, heads)
+    rows = torch.empty(*leading, RING_ROWS, size, dtype=kv_cache.dtype, device=device)
+    score = torch.empty(*leading, candidates, RING_ROWS, dtype=torch.float32, device=device)
+    peak, total = torch.empty(2, *leading, RING_ROWS, dtype=torch.float32, device=device)
+    padded = triton.next_power_of_2(size)
+    queries = kv_cache if query is None else query
+    launch(
+        score_recent_kernel, (instances, heads, layers),
+        (
+            queries, kv_cache, rows, score, peak, total, step.instances, step.requests,
+            step.tables.headers, *source.arguments(), *queries.stride()[:2],
+            *kv_cache.stride()[:3], *source.strides, source.table.stride(0), scale, heads,
+            instances, shape.heavy, candidates,
+        ),
+        (size, padded, group, 64 if padded > 128 else 128, source.block_size, block_size,
+         query is not None),
+        warps=4, stages=2,
+    )  # fmt: skip
+    return Scores(rows, score, peak, total)
+
+
 def compact(
-    step: StepPlan, rows: Tensor, source: Source, layer_ids: Tensor, first_head: int,
-    scale: float, first_layer: int = 0, tuning: Tuning | None = None, kernel: str | None = None,
-) -> Tensor:  # fmt: skip
+    step: StepPlan, scores: Scores, source: Source, heads: int, size: int, layer_ids: Tensor,
+    first_head: int, scale: float, first_layer: int = 0, tuning: Tuning | None = None,
+    kernel: str | None = None, stream: torch.cuda.Stream | None = None,
+) -> tuple[Tensor, Progress]:  # fmt: skip
     """Run a step's events -> lists of kept source indices, int32 [L, lists, KV heads, width].
 
-    rows [L, instances, KV heads, RING_ROWS, d]: query rows of every event.  layer_ids int64 [L]
-    plus `first_layer` feed the random bits, as does the global index of the first KV head.
+    layer_ids int64 [L] plus `first_layer` feed the random bits, as does the global index of the
+    first KV head.  `stream`: where to run, if not where memory is taken from.
     """
     tuning = tuning or Tuning()
-    layers, heads = len(layer_ids), source.pages.shape[1]
-    size = source.pages.shape[3] // 2
-    padded = triton.next_power_of_2(size)
-    shape, tables = step.tables.layout.shape, step.tables
-    device = source.pages.device
-    instances = len(step.instances)
-    lists = torch.empty(layers, step.lists, heads, step.width, dtype=torch.int32, device=device)
+    layers, padded = len(layer_ids), triton.next_power_of_2(size)
+    shape, tables, device = step.tables.layout.shape, step.tables, source.pages.device
     kind = kernel or ("exponential" if shape.schedule == "paper" else "gaussian")
-    first, late = step.incoming
-    incoming = max(first if step.starts_exact else 0, late, 1)
-    f32 = {"dtype": torch.float32, "device": device}
-    score_shape = (layers, max(instances, 1), heads, RING_ROWS)
-    peak, total = torch.empty(2, *score_shape, **f32)
-    candidates = triton.cdiv(shape.heavy + incoming, 16) * 16 if shape.heavy else 16
-    score = torch.empty(*score_shape, candidates, **f32)
-    if shape.heavy and instances:
-        score_recent_kernel[(instances, heads, layers)](
-            rows, score, peak, total, step.instances, step.requests, tables.headers,
-            *source.arguments(), *source.strides(), scale, heads, instances, shape.heavy,
-            score.shape[-1], size, padded, 64 if padded > 128 else 128, source.block_size,
-            num_warps=4, num_stages=2,
-        )  # fmt: skip
-    tiles = triton.cdiv(tables.longest, plan.TILE_POINTS)
+    pairs = tables.pairs
+    tiles = max(1, triton.cdiv(tables.longest, 2 * pairs))
     tasks = layers * step.count * heads
     team = team_size(tasks, tables.width, tuning, device)
     teams = min(tasks, tuning.programs // team)
-    group, pairs = triton.cdiv(tables.width, team), plan.PAIRS
-    block = 64 if padded > 128 else 128
-    scratch_width = 2 * RING_ROWS + group * pairs * (pairs + 2 + tiles) + padded
-    score_tiles = triton.next_power_of_2(triton.cdiv(shape.slots, block))
-    part = 2 * RING_ROWS * score_tiles
-    scratch_width, virtual_width, shared_width = (
-        triton.cdiv(max(n, 1), 64) * 64
-        for n in (scratch_width, tables.virtual, 2 * part + tables.virtual)
+    group = triton.cdiv(tables.width, team)
+    together = max(1, min(group, _OPERAND // (2 * pairs * padded * source.pages.element_size())))
+    columns, first_columns = (
+        triton.next_power_of_2(max(shape.heavy + n, 256)) if shape.heavy else 16
+        for n in (shape.interval, step.incoming)
     )
-    scratch = torch.empty(teams * team, scratch_width, **f32)
-    virtual = torch.empty(teams * team, virtual_width, dtype=torch.int32, device=device)
-    shared = torch.empty(teams, shared_width, **f32)
-    # The first event of a layout has many more incoming tokens than later ones.
-    if step.starts_exact and late and step.events > 1:
-        launches = [(0, 1, first), (1, step.events - 1, late)]
-    else:
-        launches = [(0, max(step.events, 1), first if step.starts_exact else late)]
-    for skip, limit, candidates in launches:
-        columns = triton.next_power_of_2(max(shape.heavy + candidates, 16))
-        arrived = torch.zeros(teams, dtype=torch.int32, device=device)
-        compact_kernel[(teams * team,)](
+    scratch_width = group * pairs * (pairs + 2 + tiles) + padded + max(columns, first_columns)
+    scratch_width, virtual_width = (
+        triton.cdiv(n, 64) * 64 for n in (scratch_width, max(tables.virtual, 1))
+    )
+    shared_width = 4 * RING_ROWS * SLICES + 2 * virtual_width
+    i32 = {"dtype": torch.int32, "device": device}
+    lists = torch.empty(layers, step.lists, heads, step.width, **i32)
+    virtual = torch.empty(teams * team, 2 * virtual_width, **i32)
+    scratch = torch.empty(teams * team, scratch_width, dtype=torch.float32, device=device)
+    shared = torch.empty(teams, shared_width, dtype=torch.float32, device=device)
+    counters = torch.zeros(1 + teams + step.count * heads, **i32)
+    progress = Progress(counters, counters[1 + teams :], teams * team)
+    if stream:
+        stream.wait_stream(torch.cuda.current_stream())
+    launch(
+        compact_kernel, (teams * team,),
+        (
             step.requests, tables.headers, tables.rounds, tables.ops, tables.ids, tables.bias,
-            rows, score, peak, total, *source.arguments(), lists, scratch, virtual, shared, arrived,
-            *source.strides(), scale, size**-0.5, tasks, step.count, heads, first_head,
-            first_layer, layer_ids, shape.sinks, shape.heavy, max(instances, 1), step.lists,
-            step.width, score.shape[-1], scratch_width, virtual_width, shared_width,
-            skip, limit, size, padded, columns, team, score_tiles, block, group, pairs, tiles,
-            source.block_size, HAS_HEAVY=shape.heavy > 0,
-            KIND=EXPONENTIAL if kind == "exponential" else GAUSSIAN, WIDE=2048,
-            num_warps=tuning.warps, num_stages=tuning.stages,
-        )  # fmt: skip
-    return lists
+            scores.rows, scores.score, scores.peak, scores.total, *source.arguments(), lists,
+            scratch, virtual, shared, counters, progress.lists,
+            source.value, *source.strides, source.table.stride(0), scale, size**-0.5,
+            tasks, step.count, heads, first_head, first_layer, layer_ids, shape.sinks, shape.heavy,
+            len(step.instances), step.lists, step.width, scores.score.shape[-2], scratch_width,
+            virtual_width, shared_width,
+        ),
+        (
+            size, padded, columns, first_columns, team, SLICES, 64 if padded > 128 else 128, group,
+            together, pairs,
+            min(pairs, 32), tiles, source.block_size, shape.heavy > 0,
+            EXPONENTIAL if kind == "exponential" else GAUSSIAN, 2048, layers == 1,
+        ),
+        warps=tuning.warps, stages=tuning.stages, stream=stream,
+    )  # fmt: skip
+    return lists, progress
 
 
 def team_size(tasks: int, width: int, tuning: Tuning, device: torch.device) -> int:
@@ -259,46 +306,38 @@ def team_size(tasks: int, width: int, tuning: Tuning, device: torch.device) -> i
     if tuning.team:
         return tuning.team
     team = 1
-    while team < width and 2 * team * tasks <= tuning.programs // 4:
+    while team < min(width, SLICES) and 2 * team * tasks <= tuning.programs // 4:
         team *= 2
     return team
-
-
-def query_rows(
-    step: StepPlan, query: Tensor | None, kv_cache: Tensor, layer_offsets: Tensor, table: Tensor,
-    group: int,
-) -> Tensor:  # fmt: skip
-    """Query rows of every event of a step, [L, instances, KV heads, RING_ROWS, d], as stored."""
-    heads, block_size, size = kv_cache.shape[1], kv_cache.shape[2], kv_cache.shape[3] // 2
-    layers, instances = len(layer_offsets), len(step.instances)
-    rows = torch.empty(
-        layers, max(instances, 1), heads, RING_ROWS, size, dtype=kv_cache.dtype,
-        device=kv_cache.device,
-    )  # fmt: skip
-    if instances and step.tables.layout.shape.heavy:
-        queries = kv_cache if query is None else query
-        query_rows_kernel[(instances, heads, layers)](
-            queries, kv_cache, layer_offsets, table, step.requests, step.instances, rows,
-            queries.stride(0), queries.stride(1), *kv_cache.stride()[:3], table.stride(0), heads,
-            instances, size, triton.next_power_of_2(size), group, block_size, query is not None,
-            num_warps=4,
-        )  # fmt: skip
-    return rows
 
 
 def run_chunks(
     step: StepPlan, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, table: Tensor,
     layer: int, first_head: int, scale: float, output: Tensor, tuning: Tuning | None = None,
+    side: torch.cuda.Stream | None = None,
 ) -> None:  # fmt: skip
     """One layer's prompt chunks: events, attention, and the state after the step in the pages.
 
     query, output [T, heads, d]; key, value [T, KV heads, d]; kv_cache [blocks, KV heads, block
-    size, 2 d]; table int32 [R, blocks].
+    size, 2 d]; table int32 [R, blocks].  With a stream `side` (of high priority) attention runs
+    while events are worked off there: they are sequential and keep few multiprocessors busy.  A
+    query tile waits for the list that it needs.
     """
-    source, lists = advance(
-        step, query, key, value, kv_cache, table, layer, first_head, scale, tuning
-    )
-    attend_chunks(step, query, source, lists, scale, output)
+    source = chunk_source(step, key, value, kv_cache, table)
+    heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    progress = None
+    if step.events:
+        scores = score_recent(step, query, kv_cache, source, 1, scale, group)
+        lists, progress = compact(
+            step, scores, source, heads, key.shape[2], source.layer_offsets, first_head, scale,
+            layer, tuning, stream=side,
+        )  # fmt: skip
+    else:
+        lists = identity_lists(step, heads, query.device)
+    attend_chunks(step, query, source, lists, scale, output, progress if side else None)
+    if side and step.events:
+        torch.cuda.current_stream().wait_stream(side)
+    store_state(step, query, source, lists, kv_cache, table)
 
 
 def run_pipelined(
@@ -306,45 +345,11 @@ def run_pipelined(
     table: Tensor, layer: int, first_head: int, scale: float, output: Tensor,
     side: torch.cuda.Stream, tuning: Tuning | None = None,
 ) -> None:  # fmt: skip
-    """`run_chunks` of consecutive parts of the same chunks: while one part's attention runs, the
-    events of the next one are worked off on the stream `side` (of high priority).
-
-    Events are sequential and keep few multiprocessors busy, attention fills the others.
-    """
-    main = torch.cuda.current_stream()
-    side.wait_stream(main)
-    kept = []  # tensors of `side` that `main` reads must outlive both
+    """`run_chunks` of consecutive parts of the same chunks, events on the stream `side`."""
     for step in steps:
-        with torch.cuda.stream(side):
-            kept.append(
-                advance(step, query, key, value, kv_cache, table, layer, first_head, scale, tuning)
-            )
-            done = side.record_event()
-        main.wait_event(done)
-        attend_chunks(step, query, *kept[-1], scale, output)
-    for source, lists in kept:
-        source.pages.record_stream(main)
-        lists.record_stream(main)
-    side.wait_stream(main)
-
-
-def advance(
-    step: StepPlan, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, table: Tensor,
-    layer: int, first_head: int, scale: float, tuning: Tuning | None = None,
-) -> tuple[Source, Tensor]:  # fmt: skip
-    """Everything of a step but its attention -> what attention reads: the source and the lists."""
-    source = chunk_source(step, key, value, kv_cache, table)
-    group = query.shape[1] // key.shape[1]
-    zero = torch.zeros(1, dtype=torch.int64, device=query.device)
-    if step.events:
-        rows = query_rows(step, query, kv_cache, zero, table, group)
-        lists = compact(step, rows, source, zero, first_head, scale, layer, tuning)
-    else:
-        lists = identity_lists(step, key.shape[1], query.device)
-    store_state(step, source, lists, kv_cache, table)
-    if step.tables.layout.shape.ring:
-        keep_rows(step, query, kv_cache, table, group)
-    return source, lists
+        run_chunks(
+            step, query, key, value, kv_cache, table, layer, first_head, scale, output, tuning, side
+        )
 
 
 def identity_lists(step: StepPlan, heads: int, device: torch.device) -> Tensor:
@@ -358,76 +363,88 @@ def chunk_source(
 ) -> Source:
     """Old slots, copied out of the pages since the step overwrites those, then the new tokens.
 
-    One dense page a request keeps addresses simple and rows contiguous; the copy is a hundredth of
-    a chunk's attention.
+    One dense page a request keeps addresses simple; the copy is a hundredth of a chunk's attention.
+    Where no request holds old slots, the step's own tensors serve.
     """
     heads, block_size, width = kv_cache.shape[1:]
+    zero = step.zero
+    if not step.old and key.stride() == value.stride() and key.dtype == kv_cache.dtype:
+        value_offset = (value.data_ptr() - key.data_ptr()) // key.element_size()
+        return Source(key, (0, key.stride(1), key.stride(0)), value_offset, zero, table, 0)
     dense = torch.empty(
         step.count, heads, step.sources, width, dtype=kv_cache.dtype, device=key.device
     )
     padded = triton.next_power_of_2(width // 2)
     if step.old:
-        gather_kernel[(step.count, heads, triton.cdiv(step.old, 32))](
-            kv_cache, table, step.requests, dense, *kv_cache.stride()[:3], table.stride(0), heads,
-            dense.shape[2], width // 2, padded, 32, block_size, num_warps=4,
+        launch(
+            gather_kernel, (step.count, heads, triton.cdiv(step.old, 32)),
+            (
+                kv_cache, table, step.requests, dense, *kv_cache.stride()[:3], table.stride(0),
+                heads, dense.shape[2],
+            ),
+            (width // 2, padded, 32, block_size), warps=4,
         )  # fmt: skip
-    append_kernel[(triton.cdiv(step.tokens, 32), heads, step.count)](
-        key, value, step.requests, dense, key.stride(0), key.stride(1), value.stride(0),
-        value.stride(1), heads, dense.shape[2], width // 2, padded, 32, num_warps=4,
+    launch(
+        append_kernel, (triton.cdiv(step.tokens, 32), heads, step.count),
+        (
+            key, value, step.requests, dense, *key.stride()[:2], *value.stride()[:2], heads,
+            dense.shape[2],
+        ),
+        (width // 2, padded, 32), warps=4,
     )  # fmt: skip
-    zero = torch.zeros(1, dtype=torch.int64, device=key.device)
-    return Source(dense, zero, table, 0)
+    return Source(dense, dense.stride()[:3], width // 2, zero, table, 0)
 
 
-def _attention_tile(padded: int, itemsize: int) -> tuple[int, int]:
-    """Slots of a tile and pipeline stages that fit a multiprocessor's shared memory (227 KiB)."""
+def _attention_tile(padded: int, itemsize: int) -> tuple[int, int, int | None]:
+    """Slots of a tile, pipeline stages and registers, so that operands fit a multiprocessor's
+    shared memory (227 KiB)."""
     for block, stages in ((64, 3), (64, 2), (32, 2), (16, 2)):
         if (QUERY_ROWS + 2 * stages * block) * padded * itemsize <= 224 << 10:
-            return block, stages
+            return block, stages, None
     raise ValueError(f"a head size of {padded} does not fit attention's query tile")
 
 
 def attend_chunks(
     step: StepPlan, query: Tensor, source: Source, lists: Tensor, scale: float, output: Tensor,
-    block: int = 0, warps: int = 0, stages: int = 0,
+    progress: Progress | None = None, block: int = 0, warps: int = 8, stages: int = 0,
+    registers: int | None = None, rows: int = QUERY_ROWS,
 ) -> None:  # fmt: skip
-    """Every token's attention over the state valid at its position, one launch."""
+    """Every token's attention over the state valid at its position, one launch.
+
+    `progress`: of a compaction that may still run; a query tile then waits for its list.
+    """
     if not len(step.items):
         return
-    heads = source.pages.shape[1]
-    size = query.shape[2]
+    heads, size = lists.shape[2], query.shape[2]
     padded = triton.next_power_of_2(size)
-    group = query.shape[1] // heads
-    usual_block, usual_stages = _attention_tile(padded, query.element_size())
-    prefill_kernel[(len(step.items), heads)](
-        query, source.pages, step.items, lists, step.tables.bias, output, query.stride(0),
-        query.stride(1), output.stride(0), output.stride(1), source.pages.stride(0),
-        source.pages.stride(1), scale * _LOG2E, heads, step.width, group, size, padded, QUERY_ROWS,
-        block or usual_block, num_warps=warps or 8, num_stages=stages or usual_stages,
+    usual_block, usual_stages, usual_registers = _attention_tile(padded, query.element_size())
+    if progress:
+        launch(wait_started_kernel, (1,), (progress.counters, progress.programs), warps=1)
+    launch(
+        prefill_kernel, (heads, len(step.items)),
+        (
+            query, source.pages, step.items, step.requests, lists, step.tables.bias,
+            progress.lists if progress else lists, output, *query.stride()[:2],
+            *output.stride()[:2], source.value, *source.strides, scale * _LOG2E, heads, step.width,
+        ),
+        (query.shape[1] // heads, size, padded, rows, block or usual_block, progress is not None),
+        warps=warps, stages=stages or usual_stages, registers=registers or usual_registers,
     )  # fmt: skip
 
 
 def store_state(
-    step: StepPlan, source: Source, lists: Tensor, kv_cache: Tensor, table: Tensor
+    step: StepPlan, query: Tensor, source: Source, lists: Tensor, kv_cache: Tensor, table: Tensor
 ) -> None:
-    """Write the state after the step to the pages."""
+    """Write the state after the step, and the next event's query rows, to the pages."""
     heads, block_size, width = kv_cache.shape[1:]
-    if not step.final:
-        return
-    scatter_kernel[(step.count, heads, triton.cdiv(step.final, 32))](
-        kv_cache, source.pages, table, step.requests, lists, *kv_cache.stride()[:3],
-        table.stride(0), source.pages.stride(0), source.pages.stride(1), heads, step.width,
-        width // 2, triton.next_power_of_2(width // 2), 32, block_size, num_warps=4,
-    )  # fmt: skip
-
-
-def keep_rows(step: StepPlan, query: Tensor, kv_cache: Tensor, table: Tensor, group: int) -> None:
-    """Store the query rows that the event after the step will need."""
-    heads, block_size, width = kv_cache.shape[1:]
-    keep_rows_kernel[(step.count, heads)](
-        query, kv_cache, table, step.requests, query.stride(0), query.stride(1),
-        *kv_cache.stride()[:3], table.stride(0), width // 2,
-        triton.next_power_of_2(width // 2), group, block_size, num_warps=4,
+    launch(
+        scatter_kernel, (step.count, heads, max(1, triton.cdiv(step.final, 32))),
+        (
+            kv_cache, source.pages, table, step.requests, lists, query, *kv_cache.stride()[:3],
+            table.stride(0), *source.strides, source.value, *query.stride()[:2], heads, step.width,
+        ),
+        (width // 2, triton.next_power_of_2(width // 2), query.shape[1] // heads, 32, block_size),
+        warps=4,
     )  # fmt: skip
 
 
@@ -444,18 +461,25 @@ def compact_pages(
     kv_cache: the first layer's pages; layer_offsets int64 [L]: element offsets of every layer's
     pages from it; layer_ids int64 [L]: global layer indices.  Returns the lists.
     """
-    source = Source(kv_cache, layer_offsets, table, kv_cache.shape[2])
-    rows = query_rows(step, None, kv_cache, layer_offsets, table, group)
-    lists = compact(step, rows, source, layer_ids, first_head, scale, tuning=tuning)
     layers, heads, columns = len(layer_offsets), kv_cache.shape[1], kv_cache.shape[3]
+    source = Source(
+        kv_cache, kv_cache.stride()[:3], columns // 2, layer_offsets, table, kv_cache.shape[2]
+    )
+    scores = score_recent(step, None, kv_cache, source, layers, scale, group)
+    lists, _ = compact(
+        step, scores, source, heads, columns // 2, layer_ids, first_head, scale, tuning=tuning
+    )
     units = layers * step.count * heads * triton.cdiv(columns, _MOVE_COLUMNS)
     programs = min(units, 1056)
     spare = torch.empty(
         programs, step.final, _MOVE_COLUMNS, dtype=kv_cache.dtype, device=kv_cache.device
     )
-    move_kernel[(programs,)](
-        kv_cache, layer_offsets, table, step.requests, lists, spare, *kv_cache.stride()[:3],
-        table.stride(0), units, step.count, heads, step.lists, step.width, step.final, columns,
-        _MOVE_COLUMNS, 64, kv_cache.shape[2], num_warps=4,
+    launch(
+        move_kernel, (programs,),
+        (
+            kv_cache, layer_offsets, table, step.requests, lists, spare, *kv_cache.stride()[:3],
+            table.stride(0), units, step.count, heads, step.lists, step.width, step.final,
+        ),
+        (columns, _MOVE_COLUMNS, 64, kv_cache.shape[2]), warps=4,
     )  # fmt: skip
     return lists
