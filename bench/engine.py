@@ -66,7 +66,7 @@ class Engine:
             arguments["additional_config"] = {"express": {"memory_tokens": options.memory}}
         self.llm = LLM(
             folder, attention_backend=backend, load_format="dummy", skip_tokenizer_init=True,
-            max_model_len=max(options.lengths) + 64, max_num_batched_tokens=options.batched_tokens,
+            max_model_len=max(*options.lengths, PROMPT + OUTPUT) + 64, max_num_batched_tokens=options.batched_tokens,
             enable_prefix_caching=False, max_num_seqs=256, dtype="bfloat16",
             tensor_parallel_size=options.tensor_parallel_size, disable_log_stats=True,
             gpu_memory_utilization=0.92, **arguments,
@@ -132,7 +132,7 @@ def measure(backend: str, options: argparse.Namespace) -> dict[str, Any]:
             "backend": backend, "start, s": round(time.perf_counter() - begin),
             "KV slots": engine.slots(),
         }  # fmt: skip
-    engine.first_token(4096)  # what is compiled late
+    engine.first_token(options.lengths[0])  # what is compiled late
     for length in options.lengths:
         times = [engine.first_token(length) for _ in range(options.repeats)]
         row[f"first token at {length}, s"] = round(statistics.median(times), 3)

@@ -34,9 +34,6 @@ from .timer import CompactionTimer
 if TYPE_CHECKING:
     from express_vllm.budget import Budget
 
-#: Tokens of a chunk that are worked off together: while one part's attention runs, the events of
-#: the next are worked off.
-PART = 4096
 #: Slots (of all layers, requests and KV heads) of one compaction launch: bounds its scratch memory.
 COMPACTION_SLOTS = 4096 * 2048
 
@@ -45,12 +42,12 @@ COMPACTION_SLOTS = 4096 * 2048
 class ExpressMetadata:
     """The step's plan: decodes are batch rows [0, decodes.count).
 
-    `chunks` holds groups of requests with one cache shape, each as its consecutive parts.
+    `chunks` holds plans of requests with one cache shape and of like size.
     """
 
     table: Tensor  # int32 [R, blocks]
     decodes: DecodeTables | None
-    chunks: list[list[StepPlan]] = field(default_factory=list)
+    chunks: list[StepPlan] = field(default_factory=list)
 
     @property
     def idle(self) -> bool:
@@ -124,7 +121,7 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
 
     def _chunks(
         self, budgets: Sequence[Budget | None], firsts: list[int], stops: list[int], decodes: int
-    ) -> list[list[StepPlan]]:
+    ) -> list[StepPlan]:
         found = []
         for r in range(decodes, len(budgets)):
             budget = budgets[r]
@@ -133,10 +130,7 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
             seed = budget.seed if budget else 0
             found.append((layout, Chunk(stops[r] - count, stops[r], firsts[r], r, seed)))
         return [
-            [
-                StepPlan.make(layout, part, self.layers.group, self.device)
-                for part in in_parts(some, PART)
-            ]
+            StepPlan.make(layout, some, self.layers.group, self.device)
             for layout, chunks in by_shape(found)
             for some in of_like_size(layout, chunks)
         ]
@@ -192,16 +186,3 @@ def of_like_size(layout: Layout, chunks: Sequence[Chunk]) -> list[list[Chunk]]:
             limit = 2 * size
         lists[-1].append(chunks[i])
     return lists
-
-
-def in_parts(chunks: Sequence[Chunk], length: int) -> list[list[Chunk]]:
-    """Cut chunks into consecutive parts of at most `length` tokens."""
-    parts: list[list[Chunk]] = []
-    for chunk in chunks:
-        for i, start in enumerate(range(chunk.start, chunk.stop, length)):
-            if i == len(parts):
-                parts.append([])
-            stop = min(start + length, chunk.stop)
-            token = chunk.token + start - chunk.start
-            parts[i].append(Chunk(start, stop, token, chunk.row, chunk.seed))
-    return parts

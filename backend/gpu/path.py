@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.decode import DecodeScratch, decode_attention, store_tokens
-from ..kernels.step import run_chunks, run_pipelined
+from ..kernels.step import run_chunks
 
 if TYPE_CHECKING:
     from .metadata import ExpressMetadata
@@ -41,16 +41,11 @@ class GpuPath:
             output.zero_()
         if plan.decodes is not None:
             self._decode(query, key, value, kv_cache, plan, output)
-        for parts in plan.chunks:
-            arguments = (
-                query, key, value, kv_cache, plan.table, self.layer, self.first_kv_head,
-                self.scale, output,
+        for chunk in plan.chunks:
+            run_chunks(
+                chunk, query, key, value, kv_cache, plan.table, self.layer, self.first_kv_head,
+                self.scale, output, side=self.side,
             )  # fmt: skip
-            if self.side is not None and len(parts) > 1:
-                run_pipelined(parts, *arguments, self.side)
-                continue
-            for part in parts:
-                run_chunks(part, *arguments)
 
     def _decode(
         self,
@@ -83,4 +78,5 @@ def decode_scratch(
 
 @functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Where events run while attention fills the other multiprocessors."""
     return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
