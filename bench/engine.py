@@ -66,7 +66,8 @@ class Engine:
             arguments["additional_config"] = {"express": {"memory_tokens": options.memory}}
         self.llm = LLM(
             folder, attention_backend=backend, load_format="dummy", skip_tokenizer_init=True,
-            max_model_len=max(*options.lengths, PROMPT + OUTPUT) + 64, max_num_batched_tokens=options.batched_tokens,
+            max_model_len=max(*options.lengths, PROMPT + OUTPUT) + 64,
+            max_num_batched_tokens=options.batched_tokens,
             enable_prefix_caching=False, max_num_seqs=256, dtype="bfloat16",
             tensor_parallel_size=options.tensor_parallel_size, disable_log_stats=True,
             gpu_memory_utilization=0.92, **arguments,
