@@ -85,8 +85,9 @@ def loaded(server, prometheus):
     time.sleep(3)
     before = ask(prometheus, "sum by (mode) (vllm:express_requests_total)")
     options = argparse.Namespace(
-        url=server.url, exact_url=None, only=None, model=None, rate=1.0, requests=REQUESTS,
-        mix="chat,document,long", budgets="256,default,512", greedy=0.15, scale=0.08, seed=2,
+        url=server.url, exact_url=None, only=None, model=None, rounds=1, rate=1.0,
+        requests=REQUESTS, mix="chat,document,long", budgets="256,default,512", greedy=0.15,
+        scale=0.08, seed=2,
         style="auto", api_key="none", timeout=300.0,
     )  # fmt: skip
     runs, _ = asyncio.run(load.run(options))

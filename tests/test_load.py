@@ -74,12 +74,21 @@ def test_goodput_counts_what_met_the_objective():
         outcome(None, 0.1, 0, "refused"),
         outcome(None, 9.0, 0, "failed", "document"),
     ]
-    watch = Watch("", points=[{"at": 0, "kv_cache_usage": 0.25}, {"at": 1, "kv_cache_usage": 0.5}])
-    row = summary(Run("express", outcomes, watch, 2.0), None, Objective(1.0, 0.2))
+    points = [{"at": 0, "kv_cache_usage": 0.25}, {"at": 1, "kv_cache_usage": 0.5}]
+    row = summary(Run("express", outcomes, points, 0, 2.0), None, Objective(1.0, 0.2))
     assert (row["sent"], row["finished"], row["refused"], row["failed"]) == (5, 3, 1, 1)
     assert row["goodput, requests/s"] == 0.5 and row["in SLO"] == "1 of 5"
     assert row["TTFT p50, s"] == 0.5 and row["TPOT p95, ms"] == 500
     assert row["tokens/s"] == 16.5 and row["peak KV cache, %"] == 50
+
+
+def test_rounds_are_joined_end_to_end():
+    watch = Watch("", preemptions=[7.0, 7.0, 9.0], points=[{"at": 1.0, "running": 2}])
+    run = Run.of("exact", [outcome(0.5, 1.5)], watch, 10.0)
+    run.add(Run.of("exact", [outcome(0.5, 1.5)], watch, 20.0))
+    assert (run.preemptions, run.seconds, len(run.outcomes)) == (4, 30.0, 2)
+    assert [o.sent for o in run.outcomes] == [0.0, 10.0]
+    assert [p["at"] for p in run.points] == [1.0, 11.0]
 
 
 def test_samples_reads_one_metric():
@@ -90,7 +99,7 @@ def test_samples_reads_one_metric():
 @pytest.mark.server
 def test_a_small_load_on_the_real_server(server, tmp_path):
     options = argparse.Namespace(
-        url=server.url, exact_url=None, only=None, model=None, rate=4.0, requests=5,
+        url=server.url, exact_url=None, only=None, model=None, rounds=1, rate=4.0, requests=5,
         mix="chat,document", budgets="256,default", greedy=0.3, scale=0.03, seed=5,
         style="auto", api_key="none", timeout=120.0,
     )  # fmt: skip
@@ -106,7 +115,7 @@ def test_a_small_load_on_the_real_server(server, tmp_path):
                 assert one.answer_tokens >= 4 and one.prompt_tokens > 10
             else:
                 assert "1000000000" in one.error
-        assert run.watch.peak("kv_cache_usage") > 0
+        assert run.peak("kv_cache_usage") > 0
     assert details["model"] == "small"
     pytest.importorskip("matplotlib", reason="matplotlib draws the plot: pip install matplotlib")
     plot(runs, Objective(5, 0.2), tmp_path / "load.png", "small load")

@@ -46,6 +46,9 @@ def options() -> argparse.Namespace:
         help="memory_tokens, drawn uniformly; 'default' sends none (%(default)s)")  # fmt: skip
     add("--greedy", type=float, default=0.0, metavar="SHARE",
         help="share of requests that ask for too much and must be refused")  # fmt: skip
+    add("--rounds", type=int, default=1,
+        help="passes of each mode, in turns that change their order: for a machine that is not "
+        "alone; each round has a seed and --requests of its own")  # fmt: skip
     add("--scale", type=float, help="of all lengths; by default 1, or less to fit the model")
     add("--seed", type=int, default=0, help="of arrivals, kinds, texts and budgets (%(default)s)")
     add("--slo-ttft", type=float, default=5.0, metavar="S",
@@ -82,11 +85,20 @@ async def drive(name: str, client: Client, requests: list[Request]) -> Run:
     await asyncio.sleep(watch.interval)
     watching.cancel()
     bar.close()
-    return Run(name, outcomes, watch, seconds)
+    return Run.of(name, outcomes, watch, seconds)
 
 
 def budgets(text: str) -> list[dict[str, Any]]:
     return [{} if word == "default" else {"memory_tokens": int(word)} for word in text.split(",")]
+
+
+def load_of(name: str, requests: list[Request], knows_modes: bool) -> list[Request]:
+    """What a pass sends; a server without express knows no modes and refuses no budget."""
+    if name == "express":
+        return requests
+    if knows_modes:
+        return [exact(request) for request in requests]
+    return [dataclasses.replace(request, budget={}) for request in requests if not request.greedy]
 
 
 async def run(o: argparse.Namespace) -> tuple[list[Run], dict[str, Any]]:
@@ -104,22 +116,27 @@ async def run(o: argparse.Namespace) -> tuple[list[Run], dict[str, Any]]:
     for client in clients.values():
         # Each server is warmed up; the tokenizer is the same.
         ratio = await chars_per_token(client, text())
-    requests = plan(
-        requests=o.requests, rate=o.rate, kinds=o.mix.split(","), budgets=budgets(o.budgets),
-        greedy=o.greedy, scale=scale, chars_per_token=ratio, seed=o.seed,
-    )  # fmt: skip
-    print(f"{first.model}: {len(requests)} requests in {requests[-1].at:.0f} s, lengths x {scale},"
-          f" budgets as {first.style}")  # fmt: skip
-    runs = []
-    for name in names:
-        # A server without express knows no modes: it is sent the plain requests.
-        plain = name == "exact" and o.exact_url is not None
-        load = [exact(r) if name == "exact" else r for r in requests]
-        if plain:
-            load = [dataclasses.replace(r, budget={}) for r in load if not r.greedy]
-        runs.append(await drive(name, clients[name], load))
-        await clients[name].close()
-    return runs, {"model": first.model, "scale": scale, "style": first.style}
+    print(f"{first.model}: {o.rounds} x {o.requests} requests, {o.rate}/s, lengths x {scale}, "
+          f"budgets as {first.style}")  # fmt: skip
+    runs: dict[str, Run] = {}
+    for number in range(o.rounds):
+        requests = plan(
+            requests=o.requests, rate=o.rate, kinds=o.mix.split(","), budgets=budgets(o.budgets),
+            greedy=o.greedy, scale=scale, chars_per_token=ratio, seed=o.seed + number,
+        )  # fmt: skip
+        for name in names if number % 2 == 0 else names[::-1]:
+            done = await drive(name, clients[name], load_of(name, requests, o.exact_url is None))
+            if name in runs:
+                runs[name].add(done)
+            else:
+                runs[name] = done
+    for client in clients.values():
+        await client.close()
+    return [runs[name] for name in names], {
+        "model": first.model,
+        "scale": scale,
+        "style": first.style,
+    }
 
 
 def main() -> None:
@@ -136,10 +153,10 @@ def main() -> None:
     path = save(
         o.name, rows, **details, **more, by_kind=kinds, slo=dataclasses.asdict(objective),
         requests={r.name: [dataclasses.asdict(x) for x in r.outcomes] for r in runs},
-        metrics={r.name: r.watch.points for r in runs},
+        metrics={r.name: r.points for r in runs},
     )  # fmt: skip
     print(path)
-    title = (f"{details['model']}, {o.requests} requests at {o.rate}/s (Poisson, seed {o.seed}), "
+    title = (f"{details['model']}: {o.rounds} x {o.requests} requests at {o.rate}/s (Poisson), "
              f"lengths x {details['scale']}")  # fmt: skip
     try:
         plot(runs, objective, RESULTS / f"{o.name}.png", title)

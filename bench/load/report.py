@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,28 @@ class Objective:
 
 @dataclass
 class Run:
-    """One pass of the plan: `name` is express or exact."""
+    """One pass of a plan, or several of them: `name` is express or exact."""
 
     name: str
     outcomes: list[Outcome]
-    watch: Watch
+    points: list[dict[str, float]]
+    preemptions: int
     seconds: float
+
+    @classmethod
+    def of(cls, name: str, outcomes: list[Outcome], watch: Watch, seconds: float) -> Run:
+        return cls(name, outcomes, watch.points, watch.preempted(), seconds)
+
+    def add(self, later: Run) -> None:
+        """Append another pass, as if it had followed without a pause."""
+        self.outcomes += [replace(o, sent=o.sent + self.seconds) for o in later.outcomes]
+        self.points += [{**p, "at": round(p["at"] + self.seconds, 2)} for p in later.points]
+        self.preemptions += later.preemptions
+        self.seconds += later.seconds
+
+    def peak(self, name: str) -> float | None:
+        """The most that a gauge of the server showed."""
+        return max((point[name] for point in self.points if name in point), default=None)
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
@@ -68,10 +84,10 @@ def summary(run: Run, kind: str | None, objective: Objective) -> dict[str, Any]:
     }
     if kind is None:
         row |= {
-            "peak KV cache, %": rounded(run.watch.peak("kv_cache_usage"), 100),
-            "peak running": rounded(run.watch.peak("running")),
-            "peak waiting": rounded(run.watch.peak("waiting")),
-            "preemptions": run.watch.preempted(),
+            "peak KV cache, %": rounded(run.peak("kv_cache_usage"), 100),
+            "peak running": rounded(run.peak("running")),
+            "peak waiting": rounded(run.peak("waiting")),
+            "preemptions": run.preemptions,
         }
     return row
 
@@ -102,7 +118,7 @@ def plot(runs: Sequence[Run], objective: Objective, path: Path, title: str) -> N
             ordered = sorted(v for v in values if v is not None)
             share = [100 * (i + 1) / len(ordered) for i in range(len(ordered))]
             axis.plot(ordered, share, drawstyle="steps-post", marker=marker, markersize=3, **look)
-        points = [p for p in run.watch.points if "kv_cache_usage" in p]
+        points = [p for p in run.points if "kv_cache_usage" in p]
         cache.plot([p["at"] for p in points], [100 * p["kv_cache_usage"] for p in points], **look)
         ends = sorted(o.sent + o.total_s for o in run.outcomes if objective.met(o))
         done.plot([0, *ends], range(len(ends) + 1), drawstyle="steps-post", **look)

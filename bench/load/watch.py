@@ -49,9 +49,6 @@ class Watch:
         self.points.append(point)
         self.preemptions.append(sum(samples(text, PREEMPTIONS)))
 
-    def peak(self, name: str) -> float | None:
-        return max((point[name] for point in self.points if name in point), default=None)
-
     def preempted(self) -> int:
         return round(self.preemptions[-1] - self.preemptions[0]) if self.preemptions else 0
 

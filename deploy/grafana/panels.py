@@ -140,7 +140,7 @@ OVERVIEW = Dashboard(
                     "Running and waiting",
                     "Running requests by mode, and all that wait.",
                     (
-                        Query(total("vllm:express_requests_running", "mode"), "running, {{mode}}"),
+                        Query(total("vllm:express_requests_running", "mode"), "{{mode}}"),
                         Query(total("vllm:num_requests_waiting"), "waiting"),
                     ),
                 ),
@@ -169,7 +169,7 @@ OVERVIEW = Dashboard(
                     "By the reason why they ended.",
                     (
                         Query(
-                            rate("vllm:request_success_total", "finished_reason"),
+                            f"{rate('vllm:request_success_total', 'finished_reason')} > 0",
                             "{{finished_reason}}",
                         ),
                     ),
@@ -255,11 +255,11 @@ MEMORY = Dashboard(
                 ),
                 Panel(
                     "Held of exact",
-                    "Slots held as a share of what exact attention would hold; lower saves more.",
+                    "Lower saves more. Above 100% just before a request's first compaction, when its "
+                    "last slots are reserved.",
                     (Query(f"{HELD} / ({EXACT} > 0)", "held / exact"),),
                     "percentunit",
                     width=12,
-                    maximum=1,
                 ),
                 Panel(
                     "KV cache in use",
@@ -303,7 +303,11 @@ MEMORY = Dashboard(
                     "Compression of finished requests",
                     "Tokens stored over the most slots held: 1 is exact.",
                     (
-                        *quantiles("vllm:express_compression_ratio", 0.5, 0.95),
+                        # Never below 1, where the interpolation of the first bucket would go.
+                        *(
+                            Query(f"clamp_min({query.expr}, 1)", query.legend)
+                            for query in quantiles("vllm:express_compression_ratio", 0.5, 0.95)
+                        ),
                         Query(mean("vllm:express_compression_ratio"), "mean"),
                     ),
                 ),

@@ -50,16 +50,23 @@ class Prometheus:
             )
             answer.raise_for_status()
             for result in answer.json()["data"]["result"]:
-                points = [(float(t), float(v)) for t, v in result["values"]]
-                points = [(t, v) for t, v in points if math.isfinite(v)]
+                points = self.points(result["values"])
                 if points:
-                    times = [(t - self.start) / 60 for t, _ in points]
                     name = legend(query.legend, result["metric"])
-                    found.append((name, times, [v for _, v in points]))
+                    found.append((name, [t for t, _ in points], [v for _, v in points]))
         return found
 
-    def close(self) -> None:
-        self.client.close()
+    def points(self, values: list[tuple[float, str]]) -> list[tuple[float, float]]:
+        """(minutes since the start, value), with a NaN where a gap breaks the line."""
+        points: list[tuple[float, float]] = []
+        last = math.inf
+        for time_, text in values:
+            if math.isfinite(value := float(text)):
+                if time_ - last > 4 * self.step:
+                    points.append(((last + time_ - 2 * self.start) / 120, math.nan))
+                points.append(((time_ - self.start) / 60, value))
+                last = time_
+        return points
 
 
 def legend(template: str, labels: dict[str, str]) -> str:
@@ -102,6 +109,8 @@ def draw(board: Dashboard, prometheus: Prometheus, path: Path) -> None:
         axes = part.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=True):
             plot(axis, panel, prometheus.series(panel))
+            if panel.kind != "stat":
+                axis.set_xlim(0, (prometheus.end - prometheus.start) / 60)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -121,14 +130,14 @@ def plot(axis: Any, panel: Panel, series: list[tuple[str, list[float], list[floa
     scale = 100 if panel.unit == "percentunit" else 1
     if panel.kind == "stat":
         axis.axis("off")
-        text = f"{scale * series[0][2][-1]:.4g}" if series else "no data"
+        text = f"{scale * series[0][2][-1]:.3g}" if series else "no data"
         text += "%" if scale == 100 and series else ""
         axis.text(0, 0.3, text, fontsize=22, transform=axis.transAxes)
         return
     top = 0.0
     for number, (name, times, values) in enumerate(series):
         values = [scale * value for value in values]
-        top = max(top, *values)
+        top = max(top, *(value for value in values if math.isfinite(value)), 0)
         style: dict[str, Any] = {
             "color": COLOURS[number % len(COLOURS)],
             "linestyle": DASHES[number % len(DASHES)],
@@ -136,7 +145,7 @@ def plot(axis: Any, panel: Panel, series: list[tuple[str, list[float], list[floa
         axis.plot(times, values, label=name, linewidth=1.8, **style)
     if not series:
         axis.text(0.5, 0.5, "no data", ha="center", transform=axis.transAxes, color="0.5")
-    axis.set_ylim(0, (scale * panel.maximum if panel.maximum else top * 1.1) or 1)
+    axis.set_ylim(0, 1.1 * (scale * panel.maximum if panel.maximum else top) or 1)
     for value, colour in panel.thresholds:
         if scale * value < axis.get_ylim()[1]:
             axis.axhline(scale * value, color=colour, linewidth=0.8)
@@ -146,7 +155,10 @@ def plot(axis: Any, panel: Panel, series: list[tuple[str, list[float], list[floa
     axis.grid(color="0.9")
     axis.spines[["top", "right"]].set_visible(False)
     if series:
-        axis.legend(fontsize=8, frameon=False, ncols=2, loc="best")
+        axis.legend(
+            fontsize=8, frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1.01, 0.98),
+            borderpad=0.1, handlelength=2.2, columnspacing=1,
+        )  # fmt: skip
 
 
 def main() -> None:
