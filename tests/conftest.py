@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,14 +52,21 @@ def free_port():
 @pytest.fixture(scope="session")
 def server(model_path, tmp_path_factory):
     """`vllm serve ... --attention-backend express` with the small model."""
+    with serve(model_path, tmp_path_factory.mktemp("server") / "log.txt") as running:
+        yield running
+
+
+@contextmanager
+def serve(model_path, log, *arguments, headers=None):
+    """A server of its own, with more `arguments`; `headers` go with every request of its client."""
     port = free_port()
-    log = tmp_path_factory.mktemp("server") / "log.txt"
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_path),
+        str(Path(sys.executable).with_name("vllm")), "serve", str(model_path),
         "--attention-backend", "express", "--port", str(port), "--host", "127.0.0.1",
         "--served-model-name", "small", "--enforce-eager",
         "--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", str(BLOCKS),
         "--additional-config", '{"express": {"memory_tokens": 1024, "max_memory_tokens": 8192}}',
+        *arguments,
     ]  # fmt: skip
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -66,7 +74,7 @@ def server(model_path, tmp_path_factory):
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
     url = f"http://127.0.0.1:{port}"
-    with httpx.Client(base_url=url, timeout=300) as client:
+    with httpx.Client(base_url=url, timeout=300, headers=headers) as client:
         try:
             _wait(client, process, log)
             yield Server(url, log, client)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Coroutine
+from http import HTTPStatus
 from importlib import import_module
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
 from pydantic import create_model
+from starlette.exceptions import HTTPException  # what FastAPI raises; its own is a subclass
 
 from ..fields import BudgetError
 from .answer import with_usage
@@ -33,6 +36,27 @@ COMPLETIONS = {
         "vllm.entrypoints.openai.responses", "ResponsesRequest", "create_responses",
     ),
 }  # fmt: skip
+
+
+class ExpressRoute(APIRoute):
+    """A route that answers unreadable bodies (too deep, too many digits) in OpenAI's form too."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except HTTPException as error:
+                answer = create_error_response(
+                    f"{error.detail}: it must be a JSON object that Python can read",
+                    status_code=HTTPStatus(error.status_code),
+                )
+                return JSONResponse(answer.model_dump(), error.status_code)
+
+        return handle
 
 
 def attach(app: FastAPI) -> None:
@@ -73,9 +97,9 @@ def _add_completion(
 
     endpoint.__annotations__ = {"request": model, "raw_request": Request}
     endpoint.__name__, endpoint.__doc__ = handler.__name__, handler.__doc__
-    app.add_api_route(
+    app.router.add_api_route(
         path, endpoint, methods=["POST"], responses=old.responses, dependencies=old.dependencies,
-        response_model=None,
+        response_model=None, route_class_override=ExpressRoute,
     )  # fmt: skip
 
 
@@ -127,7 +151,7 @@ def _add_own(app: FastAPI, service: Service) -> None:
         "request": service.plan_request, "raw_request": Request, "return": Plan,
     }  # fmt: skip
     json_only = [Depends(validate_json_request)]
-    add = app.add_api_route
+    add = functools.partial(app.router.add_api_route, route_class_override=ExpressRoute)
     add("/v1/express/config", config, methods=["GET"])
     add("/v1/express/status", status, methods=["GET"])
     add(

@@ -1,0 +1,349 @@
+"""The request API without a server: fields, sizes, plans, usage, and how answers get it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+
+import pytest
+from fastapi.responses import JSONResponse, StreamingResponse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from express_vllm.budget import FIELDS, BudgetError, ServerConfig, resolve
+from express_vllm.fields import Fields, limited, parse
+from express_vllm.kvsize import KVSize
+from express_vllm.server.answer import with_usage
+from express_vllm.server.body import check_duplicates, merge
+from express_vllm.server.middleware import PATH, add_to
+from express_vllm.server.page import HEADERS, PAGE
+from express_vllm.server.plan import Capacity, attended, describe_server, plan
+from express_vllm.server.usage import Sequence, usage
+
+CONFIG = ServerConfig(memory_tokens=1024, max_memory_tokens=4096)
+SIZE = KVSize(layers=30, kv_heads=3, head_size=64, element_bytes=2, dtype="bfloat16")
+MODEL = CONFIG.fields(8192)
+
+
+def ask(express, *, config=CONFIG, prompt=6000, max_tokens=100, prefix="express."):
+    arguments = merge(express, None, config.fields(8192))
+    return resolve(
+        arguments, config, prompt_tokens=prompt, max_tokens=max_tokens, max_model_len=8192,
+        slot_bytes=SIZE.slot_bytes, prefix=prefix,
+    )  # fmt: skip
+
+
+# --- fields -------------------------------------------------------------------------------------
+
+
+def test_every_field_of_the_object_is_a_vllm_xarg_and_documented():
+    assert {f"express_{name}" for name in Fields.model_fields} == set(FIELDS)
+    assert all(field.description for field in Fields.model_fields.values())
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "memory_tokens": st.integers(128, 4096),
+            "compute_tokens": st.just(128),
+            "seed": st.integers(0, 2**63 - 1),
+            "mode": st.just("express"),
+            "profile": st.sampled_from(["recent", "even"]),
+        },
+    )
+)
+def test_the_object_and_vllm_xargs_are_the_same_budget(fields):
+    xargs = {f"express_{name}": value for name, value in fields.items()}
+    same = resolve(xargs, CONFIG, prompt_tokens=6000, max_tokens=100, max_model_len=8192)
+    assert ask(fields) == same
+
+
+@pytest.mark.parametrize(
+    ("express", "words"),
+    [
+        ({"memory_tokens": 12}, ["express.memory_tokens=12", "from 128 to 4096"]),
+        ({"memory_tokens": 10**400}, ["express.memory_tokens=1000", "401 characters", "4096"]),
+        ({"memory_tokens": 10**5000}, ["express.memory_tokens=<an integer of", "4096"]),
+        ({"memory_tokens": "9" * 10**6}, ["express.memory_tokens='9999", "1000002 characters"]),
+        ({"memory_tokens": math.nan}, ["express.memory_tokens=nan"]),
+        ({"memory_tokens": {"a": [1]}}, ["express.memory_tokens={'a': [1]}"]),
+        ({"memory_tokens": True}, ["express.memory_tokens=True"]),
+        ({"compute_tokens": 4000}, ["express.compute_tokens=4000", "1024"]),
+        ({"seed": -1}, ["express.seed=-1", "0 to 9223372036854775807"]),
+        ({"mode": "fast"}, ["express.mode='fast'", "express, exact"]),
+        ({"mode": "exact"}, ["express.mode='exact'", "6100", "4096", "express.mode='express'"]),
+        ({"tokens": 1}, ["express.tokens=1", "did you mean express.memory_tokens?"]),
+        ({"memory": 512}, ["express.memory=512", "did you mean express.memory_tokens?"]),
+        ({"memory": "12 parsec"}, ["express.memory='12 parsec'", "'10%'", "MiB"]),
+        ({"memory": "-5%"}, ["express.memory='-5%'"]),
+        ({"memory": "1MiB"}, ["express.memory='1MiB'", "45 tokens", "128 to 4096 tokens", "bytes"]),
+        ({"memory": "9TiB"}, ["express.memory='9TiB'", "4096 tokens"]),
+        ({"memory": "99%"}, ["express.memory='99%'", "6039 tokens", "4096"]),
+        ({"memory": "10%", "memory_tokens": 512}, ["express.memory_tokens=512", "one of them"]),
+        (7, ["express=7", "JSON object"]),
+    ],
+)  # fmt: skip
+def test_refusals_name_field_value_and_what_is_allowed(express, words):
+    with pytest.raises(BudgetError) as error:
+        ask(express)
+    for word in words:
+        assert word in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_the_schema_shows_the_operators_limits():
+    properties = MODEL.model_json_schema()["properties"]
+    assert set(properties) == set(Fields.model_fields)
+    integer = properties["memory_tokens"]["anyOf"][0]
+    assert (integer["minimum"], integer["maximum"]) == (128, 4096)
+
+
+def test_limits_hold_in_the_model_itself():
+    with pytest.raises(BudgetError):
+        parse({"memory_tokens": 1025}, limited(128, 1024))
+    assert parse({"memory_tokens": 1024}, limited(128, 1024)).memory_tokens == 1024
+
+
+# --- sizes --------------------------------------------------------------------------------------
+
+
+@given(st.integers(128, 4096))
+def test_bytes_buy_whole_slots(slots):
+    exactly = ask({"memory": f"{slots * SIZE.slot_bytes}B"})
+    just_less = {"memory": f"{slots * SIZE.slot_bytes - 1}B"}
+    assert exactly.memory_tokens == slots
+    if slots > 128:
+        assert ask(just_less).memory_tokens == slots - 1
+
+
+@pytest.mark.parametrize(("text", "slots"), [("10%", 610), ("10 %", 610), ("12.5%", 762)])
+def test_a_share_is_of_the_longest_that_the_request_can_grow(text, slots):
+    assert ask({"memory": text}).memory_tokens == slots
+
+
+def test_a_share_of_a_short_request_is_at_least_the_minimum_and_then_exact():
+    budget = ask({"memory": "1%"}, prompt=50, max_tokens=50)
+    assert budget.memory_tokens == 128 and budget.shape is None
+
+
+def test_bytes_without_a_model_are_refused():
+    with pytest.raises(BudgetError, match="need a model"):
+        resolve({"express_memory": "1GiB"}, CONFIG, prompt_tokens=9, max_tokens=9, max_model_len=99)
+
+
+def test_a_slot_takes_what_vllms_pages_take(model_path):
+    from test_startup import engine_config
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    config = engine_config(model_path, attention_backend="express", dtype="bfloat16")
+    size = KVSize.of(config)
+    spec = FullAttentionSpec(
+        block_size=16, num_kv_heads=size.kv_heads, head_size=size.head_size,
+        dtype=config.model_config.dtype,
+    )  # fmt: skip
+    assert spec.page_size_bytes * size.layers == 16 * size.slot_bytes
+    assert size == SIZE
+
+
+# --- usage and plans ----------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.integers(128, 2048), st.integers(1, 8000), st.integers(1, 190))
+def test_usage_is_the_layouts(memory, prompt, output):
+    budget = ask({"memory_tokens": memory}, prompt=prompt, max_tokens=192)
+    used = usage([Sequence(budget, prompt, output)])
+    stored = prompt + output - 1
+    assert used["exact_kv_tokens"] == stored
+    assert used["peak_kv_tokens"] == budget.reserved(stored) <= max(memory, 0)
+    if budget.layout is None:
+        assert used["compactions"] == 0 and used["compression_ratio"] == 1
+    else:
+        assert used["compactions"] == len(budget.layout.events(0, stored))
+
+
+def test_several_sequences_add_up():
+    budget = ask({"memory_tokens": 256})
+    one, other = Sequence(budget, 6000, 10), Sequence(budget, 6000, 60)
+    used = usage([one, other])
+    assert used["sequences"] == 2 and used["memory_tokens"] == 256
+    for name in ("peak_kv_tokens", "exact_kv_tokens", "compactions"):
+        assert used[name] == usage([one])[name] + usage([other])[name]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(128, 1500), st.integers(1, 6000), st.integers(1, 700))
+def test_attended_is_the_mean_of_live_slots(memory, start, length):
+    layout = ask({"memory_tokens": memory}, prompt=7000, max_tokens=900).layout
+    live = [layout.live(tokens) for tokens in range(start, start + length)]
+    found = attended(layout, start, start + length)
+    assert found.most == max(live)
+    assert found.mean == pytest.approx(sum(live) / length, abs=0.006)
+    assert found.exact_mean == sum(range(start, start + length)) / length
+
+
+def test_a_plan_counts_blocks_bytes_and_how_many_fit():
+    capacity = Capacity(blocks=159, block_size=64, max_requests=12)
+    budget = ask({"memory_tokens": 512}, prompt=6000, max_tokens=41)
+    found = plan(budget, CONFIG, SIZE, capacity, 6000, 41)
+    assert found.blocks.model_dump() == {"planned": 8, "exact": math.ceil(6040 / 64)}
+    assert found.bytes.planned == 512 * SIZE.slot_bytes
+    assert found.concurrent_requests.model_dump() == {"planned": 12, "exact": 1}
+    assert capacity.fits(2000) == 159 // 32
+    assert not found.error_bound.applies and found.error_bound.factor is None
+
+
+def test_the_papers_bound_is_given_for_the_papers_schedule():
+    config = ServerConfig(schedule="paper", memory_tokens=1024)
+    budget = ask({}, config=config)
+    found = plan(budget, config, SIZE, Capacity(9, 64, 9), 6000, 100).error_bound
+    target = budget.shape.target
+    assert found.applies and found.coreset_tokens == target
+    assert found.factor == pytest.approx(2 * math.sqrt(math.log2(target) + 6), abs=1e-3)
+
+
+def test_the_description_can_be_sent_as_json():
+    found = describe_server(CONFIG, SIZE, Capacity(159, 64, 12), 8192, MODEL)
+    again = json.loads(json.dumps(found))
+    assert again["limits"] == {
+        "min_memory_tokens": 128, "max_memory_tokens": 4096, "max_model_len": 8192,
+    }  # fmt: skip
+    assert again["bytes_per_token"] == 23040 and again["pool"]["kv_slots"] == 159 * 64
+
+
+# --- bodies and answers -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        (b'{"express": {"seed": 1, "seed": 2}}', "express.seed=2"),
+        (b'{"express": {"seed": 1}, "model": "m", "express": {}}', "express='...'"),
+    ],
+)
+def test_a_key_given_twice_is_refused(body, word):
+    with pytest.raises(BudgetError, match="given twice") as error:
+        check_duplicates(body)
+    assert word in str(error.value) and error.value.reason == "duplicate"
+
+
+def test_other_doubled_keys_are_vllms_business():
+    check_duplicates(b'{"a": 1, "a": 2, "express": {"seed": 1}, "b": {"seed": 1, "seed": 2}}')
+
+
+def test_a_budget_in_both_places_is_refused():
+    with pytest.raises(BudgetError, match="express_seed") as error:
+        merge({"memory_tokens": 512}, {"express_seed": 3, "other": 1}, MODEL)
+    assert "vllm_xargs" in str(error.value) and error.value.reason == "conflict"
+    merged = merge({"memory_tokens": 512}, {"other": 1}, MODEL)
+    assert merged == {"other": 1, "express_memory_tokens": 512}
+
+
+def answered(response):
+    done = []
+    wrapped = with_usage(response, lambda: {"peak_kv_tokens": 7}, lambda: done.append(1))
+    return wrapped, done
+
+
+def test_a_json_answer_gets_usage_and_keeps_its_headers():
+    plain = JSONResponse({"usage": {"total_tokens": 1}}, headers={"x-test": "1"})
+    wrapped, done = answered(plain)
+    assert json.loads(wrapped.body)["usage"]["express"] == {"peak_kv_tokens": 7}
+    assert wrapped.headers["x-test"] == "1" and done == [1]
+    assert int(wrapped.headers["content-length"]) == len(wrapped.body)
+
+
+def test_errors_and_answers_without_usage_are_left_alone():
+    for plain in (JSONResponse({"error": {}}, 400), JSONResponse({"data": []})):
+        assert answered(plain)[0] is plain
+
+
+def stream(*chunks, fail=False):
+    async def produce():
+        for chunk in chunks:
+            yield chunk
+        if fail:
+            raise RuntimeError("cut off")
+
+    async def collect():
+        response, done = answered(StreamingResponse(produce()))
+        found = []
+        try:
+            async for chunk in response.body_iterator:
+                found.append(chunk)
+        except RuntimeError:
+            pass
+        return found, done
+
+    return asyncio.run(collect())
+
+
+def test_only_the_last_usage_of_a_stream_gets_express():
+    chunks = [
+        'data: {"choices":[{"delta":{"content":"\\"usage\\":{"}}],"usage":null}\n\n',
+        'data: {"choices":[{"delta":{}}],"usage":{"total_tokens":1}}\n\n',
+        'data: {"choices":[],"usage":{"total_tokens":2}}\n\n',
+        "data: [DONE]\n\n",
+    ]
+    found, done = stream(*chunks)
+    assert [found[0], found[1], found[3]] == [chunks[0], chunks[1], chunks[3]]
+    last = json.loads(found[2][6:])
+    assert last["usage"] == {"total_tokens": 2, "express": {"peak_kv_tokens": 7}}
+    assert found[2].endswith("\n\n") and done == [1]
+
+
+def test_a_responses_stream_gets_it_in_its_final_event():
+    head = "event: response.completed\ndata: "
+    event = {"type": "response.completed", "response": {"usage": {"output_tokens": 2}}}
+    found, _ = stream(head + json.dumps(event) + "\n\n")
+    assert found[0].startswith(head)
+    sent = json.loads(found[0][len(head) :])
+    assert sent["response"]["usage"]["express"] == {"peak_kv_tokens": 7}
+
+
+def test_a_stream_that_breaks_still_ends_the_call():
+    assert stream("data: x\n\n", fail=True)[1] == [1]
+
+
+# --- how it gets into the server ----------------------------------------------------------------
+
+
+def test_the_middleware_is_a_default_of_vllms_parser_and_keeps_the_users():
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    assert parser.parse_args([]).middleware == [PATH]
+    assert parser.parse_args(["--middleware", "a.b"]).middleware == [PATH, "a.b"]
+    add_to(parser)
+    assert parser.parse_args([]).middleware == [PATH], "once, however often it is asked"
+
+
+def test_a_server_without_express_is_left_alone():
+    from types import SimpleNamespace
+
+    from fastapi import FastAPI
+    from starlette.testclient import TestClient
+
+    from express_vllm.server.middleware import ExpressMiddleware
+
+    app = FastAPI()
+    app.add_middleware(ExpressMiddleware)
+    attention = SimpleNamespace(backend=SimpleNamespace(name="CPU_ATTN"))
+    app.state.vllm_config = SimpleNamespace(attention_config=attention)
+    app.state.engine_client = object()
+    before = list(app.routes)
+    with TestClient(app) as client:
+        assert client.get("/express").status_code == 404
+        assert client.get("/v1/express/config").status_code == 404
+    assert list(app.routes) == before
+
+
+def test_the_page_is_self_contained_and_its_policy_says_so():
+    for outside in ("http://", "https://", "src=", "@import", "url("):
+        assert outside not in PAGE
+    policy = HEADERS["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and policy.count("sha256-") == 2
+    assert ' style="' not in PAGE and "onclick" not in PAGE, "the policy blocks inline attributes"

@@ -1,0 +1,150 @@
+"""Hostile and broken requests to a real server: clear errors, no leaked block, server alive."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+
+import httpx
+import pytest
+
+pytestmark = pytest.mark.server
+ROUTES = ["completions", "chat/completions", "responses"]
+MEGABYTE = 10**6
+
+
+def body(route, express="{}"):
+    """A body as text, so that it can say what no JSON library would write."""
+    rest = {
+        "completions": '"prompt": "Hello", "max_tokens": 2',
+        "chat/completions": '"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2',
+        "responses": '"input": "Hello", "max_output_tokens": 2',
+    }[route]
+    return f'{{"model": "small", {rest}, "express": {express}}}'
+
+
+def send(server, route, content):
+    return server.client.post(
+        f"/v1/{route}", content=content, headers={"Content-Type": "application/json"}
+    )
+
+
+def wait_for_rest(server, seconds=60):
+    """Nothing runs and every block is back; the page's numbers say so too."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        status = server.client.get("/v1/express/status").json()
+        if not (server.blocks() or status["kv_slots_held"] or status["requests_running"]):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"{server.blocks()} blocks are held, {status}")
+
+
+NASTY = {
+    "huge": ('{"memory_tokens": 1e400}', "express.memory_tokens"),
+    "huge integer": ('{"memory_tokens": ' + "9" * 4000 + "}", "express.memory_tokens"),
+    "more digits than Python reads": ('{"seed": ' + "9" * 5000 + "}", ""),
+    "negative": ('{"memory_tokens": -1}', "express.memory_tokens"),
+    "NaN": ('{"memory_tokens": NaN}', "express.memory_tokens"),
+    "infinite": ('{"seed": -Infinity}', "express.seed"),
+    "float": ('{"memory_tokens": 512.0}', "express.memory_tokens"),
+    "string": ('{"memory_tokens": "512"}', "express.memory_tokens"),
+    "boolean": ('{"compute_tokens": true}', "express.compute_tokens"),
+    "list": ('{"memory_tokens": [512]}', "express.memory_tokens"),
+    "nested": ('{"memory_tokens": {"memory_tokens": {"seed": 1}}}', "express.memory_tokens"),
+    "not an object": ("[]", "express"),
+    "text": ('"express"', "express"),
+    "unknown": ('{"memory_token": 512}', "express.memory_token"),
+    "empty name": ('{"": 1}', "express."),
+    "twice": ('{"seed": 1, "seed": 2}', "express.seed"),
+    "object twice": ('{}, "express": {"seed": 1}', "express"),
+    "null byte": ('{"mode": "exact\\u0000"}', "express.mode"),
+    "lone surrogate": ('{"mode": "\\ud800"}', "express.mode"),
+    "ten megabytes": ('{"memory": "' + "9" * 10 * MEGABYTE + '%"}', "express.memory"),
+    "a million keys": (
+        "{" + ", ".join(f'"k{i}": 1' for i in range(10**5)) + "}", "express.k0",
+    ),
+    "deep": ('{"seed": ' + "[" * 10**5 + "]" * 10**5 + "}", ""),
+    "not a share": ('{"memory": "1e999%"}', "express.memory"),
+    "no JSON": ('{"seed": ', ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_nasty_objects_are_refused_clearly(server, name):
+    express, parameter = NASTY[name]
+    for route in ROUTES:
+        answer = send(server, route, body(route, express))
+        assert answer.status_code == 400, f"{route}: {answer.status_code} {answer.text[:300]}"
+        error = answer.json()["error"]
+        if parameter:
+            assert error["param"] == parameter
+            assert f"{parameter}=" in error["message"] and "allowed" in error["message"]
+        assert len(answer.text) < 3000, "an error does not send the input back"
+
+
+def test_a_prompt_of_ten_megabytes_is_refused(server):
+    content = json.dumps({"model": "small", "prompt": "word " * 2 * MEGABYTE, "max_tokens": 1})
+    assert send(server, "completions", content).status_code == 400
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_unknown_models_are_not_found(server, route):
+    content = body(route, '{"memory_tokens": 256}').replace('"small"', '"large"', 1)
+    answer = send(server, route, content)
+    assert answer.status_code == 404 and "large" in answer.json()["error"]["message"]
+
+
+def test_the_operators_limit_holds_on_every_way_in(server):
+    """8,192 slots is this server's most, whatever a client's schema allows."""
+    for extra in (
+        {"express": {"memory_tokens": 8193}}, {"express": {"memory": "1GiB"}},
+        {"vllm_xargs": {"express_memory_tokens": 8193}}, {"vllm_xargs": {"express_memory": "1GiB"}},
+    ):  # fmt: skip
+        answer = server.client.post(
+            "/v1/completions", json={"model": "small", "prompt": "Hi", "max_tokens": 1, **extra}
+        )
+        assert answer.status_code == 400 and "8192" in answer.json()["error"]["message"]
+    messages = [{"role": "user", "content": "Hi"}]
+    content = {
+        "model": "small", "max_tokens": 1, "messages": messages,
+        "vllm_xargs": {"express_memory_tokens": 8193},
+    }  # fmt: skip
+    assert server.client.post("/v1/messages", json=content).status_code == 400
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_disconnects_in_the_middle_of_a_stream_leave_nothing(server, route):
+    content = json.loads(body(route, '{"memory_tokens": 256}'))
+    for name in ("max_tokens", "max_output_tokens"):
+        if name in content:
+            content[name] = 2000
+    content |= {"stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/v1/{route}", json=content, timeout=300) as stream:
+        assert stream.status_code == 200
+        for number, line in enumerate(stream.iter_lines()):
+            if number > 20 and line:
+                break
+    wait_for_rest(server)
+
+
+def test_connections_cut_inside_the_body_leave_nothing(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    for _ in range(5):
+        with socket.create_connection((host, int(port))) as sock:
+            sock.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b'Content-Length: 500\r\n\r\n{"model": "small", "express": {'
+            )
+    wait_for_rest(server)
+
+
+def test_the_server_is_alive_after_all_this(server):
+    answer = send(server, "completions", body("completions", '{"memory_tokens": 256}'))
+    assert answer.status_code == 200
+    assert "usage" in answer.json() and "express" in answer.json()["usage"]
+    served = re.findall(r'"(?:GET|POST) [^"]*" (\d+)', server.log.read_text())
+    assert len(served) > 100 and not [code for code in served if code >= "500"]
+    wait_for_rest(server)
