@@ -9,6 +9,8 @@ from test_engine import run_engine
 pytestmark = pytest.mark.gpu
 #: Two backends' float32 log-probabilities differ by rounding; below this gap a token is tied.
 TIE = 2e-3
+#: The most that the gap between the best two tokens may differ.
+GAP = 2e-2
 
 
 def test_the_gpu_decodes_the_tokens_of_the_cpu(tmp_path):
@@ -23,3 +25,6 @@ def test_the_gpu_decodes_the_tokens_of_the_cpu(tmp_path):
     if first < COUNT:
         assert expected["margins"][first] < TIE
     assert first > 100, "compactions have long begun"
+    # The text soon repeats itself, which hides small errors: the gaps must agree, too.
+    gaps = zip(result["margins"][0][:first], expected["margins"][:first], strict=True)
+    assert max(abs(a - b) for a, b in gaps) < GAP
