@@ -41,13 +41,14 @@ class Browser:
         port = found.read_text().split()[0]
         pages = httpx.get(f"http://127.0.0.1:{port}/json").json()
         (page,) = [p for p in pages if p["type"] == "page"]
-        self.socket = connect(page["webSocketDebuggerUrl"], max_size=None)
+        self.connection = connect(page["webSocketDebuggerUrl"], max_size=None)
+        self.socket = self.connection.__enter__()
         for domain in ("Page", "Runtime", "Log", "Accessibility"):
             self.call(f"{domain}.enable")
         return self
 
-    def __exit__(self, *_):
-        self.socket.close()
+    def __exit__(self, *error):
+        self.connection.__exit__(*error)
         self.process.terminate()
         self.process.wait(20)
         self.folder.cleanup()

@@ -89,6 +89,7 @@ class Engine:
         if self.scheduler is not None:
             result |= {
                 "peak_blocks": max(self.peaks.values()),
+                "peaks": list(self.peaks.values()),  # in the order of the requests
                 "preemptions": self.preemptions,
                 "leaked": free - self.pool.get_num_free_blocks(),
                 "budgets_left": len(getattr(self.scheduler, "express_budgets", {})),

@@ -19,6 +19,7 @@ from express_vllm.server.body import check_duplicates, merge
 from express_vllm.server.middleware import PATH, add_to
 from express_vllm.server.page import HEADERS, PAGE
 from express_vllm.server.plan import Capacity, attended, describe_server, plan
+from express_vllm.server.settle import settled
 from express_vllm.server.usage import Sequence, usage
 
 CONFIG = ServerConfig(memory_tokens=1024, max_memory_tokens=4096)
@@ -305,6 +306,65 @@ def test_a_responses_stream_gets_it_in_its_final_event():
 
 def test_a_stream_that_breaks_still_ends_the_call():
     assert stream("data: x\n\n", fail=True)[1] == [1]
+
+
+# --- streams that start before the engine is asked -----------------------------------------------
+
+
+def settle(chunks, *, refuse=False, hang=False):
+    """Run `settled` over a stream that asks the engine after its first chunk."""
+    log = []
+
+    async def produce(asked):
+        try:
+            yield chunks[0]
+            if refuse:
+                raise BudgetError("express.memory", "1KiB", "too small")
+            asked.set()
+            await asyncio.sleep(60 if hang else 0.01)
+            for chunk in chunks[1:]:
+                yield chunk
+        finally:
+            log.append("closed")
+
+    async def run():
+        asked = asyncio.Event()
+        stream = await settled(produce(asked), asked)
+        log.append("started")
+        found = []
+        async for chunk in stream:
+            found.append(chunk)
+            if hang:
+                await stream.aclose()
+                break
+        return found
+
+    return asyncio.run(run()), log
+
+
+def test_a_late_refusal_comes_before_the_stream():
+    with pytest.raises(BudgetError):
+        settle(["created"], refuse=True)
+
+
+def test_a_stream_is_passed_on_once_the_engine_was_asked():
+    found, log = settle(["created", "token", "completed"])
+    assert found == ["created", "token", "completed"] and log == ["started", "closed"]
+
+
+def test_a_client_that_leaves_early_closes_the_stream():
+    found, log = settle(["created", "never"], hang=True)
+    assert found == ["created"] and log == ["started", "closed"]
+
+
+def test_a_stream_that_never_asks_is_passed_on_too():
+    async def run():
+        async def produce():
+            yield "only"
+
+        return [chunk async for chunk in await settled(produce(), asyncio.Event())]
+
+    assert asyncio.run(run()) == ["only"]
 
 
 # --- how it gets into the server ----------------------------------------------------------------

@@ -156,11 +156,13 @@ def count(text, name):
     return float(line.rsplit(" ", 1)[1])
 
 
-@pytest.mark.parametrize("route", ["completions", "chat/completions"])
-def test_vllm_xargs_are_refused_before_a_stream_starts(server, route):
-    answer = post(server, route, None, stream=True, vllm_xargs={"express_memory": "1KiB"})
+@pytest.mark.parametrize("xargs", [{"express_memory_tokens": 12}, {"express_memory": "1KiB"}])
+@pytest.mark.parametrize("route", ["completions", "chat/completions", "responses"])
+def test_vllm_xargs_are_refused_before_a_stream_starts(server, route, xargs):
+    """The second needs the prompt's length, which vLLM knows only after it started the stream."""
+    answer = post(server, route, None, stream=True, vllm_xargs=xargs)
     assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "express_memory"
+    assert answer.json()["error"]["param"] == next(iter(xargs))
 
 
 def test_a_budget_in_both_places_names_both(server):

@@ -16,6 +16,8 @@ import realdata
 import torch
 
 from express_vllm import smallmodel
+from express_vllm.budget import ServerConfig, resolve
+from express_vllm.server.usage import Sequence, usage
 
 pytestmark = pytest.mark.server
 BLOCK = 32
@@ -168,6 +170,25 @@ def own(tmp_path_factory, workload):
 def test_a_request_holds_at_most_its_budget(express):
     assert express["alone"]["peak_blocks"] == math.ceil(512 / BLOCK)
     assert express["preempted"]["peak_blocks"] == math.ceil(192 / BLOCK)
+
+
+@pytest.mark.parametrize("job", ["alone", "batch", "chunks", "exact"])
+def test_usage_is_the_engines_own_accounting(express, workload, job):
+    """`usage.express` needs only lengths; the blocks that the engine gave out say the same."""
+    requests = {"batch": workload["mixed"], "exact": workload["short_exact"]}
+    config = ServerConfig(memory_tokens=512, max_memory_tokens=1024)
+    ran = zip(
+        requests.get(job, [workload["seeded"]]), express[job]["tokens"], express[job]["peaks"],
+        strict=True,
+    )  # fmt: skip
+    for request, tokens, blocks in ran:
+        prompt = len(request["prompt"])
+        budget = resolve(
+            request["extra_args"], config, prompt_tokens=prompt, max_tokens=request["max_tokens"],
+            max_model_len=8192,
+        )  # fmt: skip
+        found = usage([Sequence(budget, prompt, len(tokens))])
+        assert math.ceil(found["peak_kv_tokens"] / BLOCK) == blocks
 
 
 def test_a_fitting_budget_is_exact_mode_to_the_byte(express):

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, SkipValidation
 
+from ..fields import PREFIX as XARGS
 from ..fields import BudgetError, Fields, parse
 
 OBJECT = "express"
@@ -53,7 +54,7 @@ def check_duplicates(body: bytes) -> None:
 def merge(raw: object, xargs: dict[str, Any] | None, model: type[Fields]) -> dict[str, Any]:
     """`vllm_xargs` with the `express` object in it.  Raises BudgetError if both name a budget."""
     fields = parse(raw, model, PREFIX)
-    rivals = sorted(name for name in xargs or {} if name.startswith("express_"))
+    rivals = sorted(name for name in xargs or {} if name.startswith(XARGS))
     if rivals:
         raise BudgetError(
             OBJECT, raw,

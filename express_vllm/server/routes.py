@@ -9,18 +9,19 @@ from importlib import import_module
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import create_model
 from starlette.exceptions import HTTPException  # what FastAPI raises; its own is a subclass
 
 from ..fields import BudgetError
 from .answer import with_usage
-from .body import check_duplicates, express_field, merge
+from .body import PREFIX, check_duplicates, express_field, merge
 from .errors import refused
 from .page import HEADERS, PAGE
 from .plan import Plan
 from .service import Service
+from .settle import settled
 from .watch import Call, current_call
 
 #: Route -> where vLLM's request model and handler are.
@@ -108,7 +109,7 @@ async def _answer(
 ) -> Any:
     call = Call(path)
     if request.express is not None:
-        call.prefix = "express."
+        call.prefix = PREFIX
         try:
             check_duplicates(await raw_request.body())
             if getattr(request, "use_beam_search", False):
@@ -120,6 +121,8 @@ async def _answer(
     current_call.set(call)
     try:
         response = await handler(request, raw_request)
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = await settled(aiter(response.body_iterator), call.asked)
     except BaseException:
         service.finish(call)
         raise

@@ -7,6 +7,7 @@ counts the tokens of every sequence, however many of them a call has.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
 from collections import deque
@@ -35,6 +36,8 @@ class Call:
     started: float = field(default_factory=time.time)
     finished: float | None = None
     sequences: list[Sequence] = field(default_factory=list)
+    #: Set when the engine has been asked, and has not refused.
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
 
     def usage(self) -> dict[str, Any] | None:
         return usage(self.sequences) if self.sequences else None
@@ -70,12 +73,16 @@ class WatchedEngine:
     ) -> AsyncGenerator[Any, None]:
         output = self._engine.generate(prompt, sampling_params, request_id, **kwargs)
         call, tokens = current_call.get(), prompt_tokens(prompt)
-        if call is None or tokens is None:
+        if call is None:
+            return output
+        if tokens is None:
+            call.asked.set()
             return output
         try:
             budget = self._budget(sampling_params, tokens, call.prefix)
         except BudgetError as error:
             raise refused(error) from error
+        call.asked.set()
         if not call.sequences:
             self.recent.append(call)
         sequences = [Sequence(budget, tokens) for _ in range(sampling_params.n or 1)]
