@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import math
+from importlib import import_module
 
 import pytest
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -407,3 +409,28 @@ def test_the_page_is_self_contained_and_its_policy_says_so():
     policy = HEADERS["Content-Security-Policy"]
     assert "default-src 'none'" in policy and policy.count("sha256-") == 2
     assert ' style="' not in PAGE and "onclick" not in PAGE, "the policy blocks inline attributes"
+
+
+def test_vllms_state_and_handlers_are_where_we_look():
+    """Names of vLLM's that are not part of a documented interface."""
+    from vllm.engine.protocol import EngineClient
+    from vllm.entrypoints.generate import api_router
+    from vllm.entrypoints.generate.base import serving
+    from vllm.entrypoints.launchers.api_server import app_state
+
+    from express_vllm.server.routes import COMPLETIONS
+    from express_vllm.server.service import HANDLERS
+
+    state = inspect.getsource(app_state)
+    assert "state.engine_client = engine_client" in state
+    assert "state.vllm_config = vllm_config" in state
+    for name in HANDLERS:
+        assert f"state.{name} =" in inspect.getsource(api_router)
+    assert "self.engine_client = engine_client" in inspect.getsource(serving)
+    names = list(inspect.signature(EngineClient.generate).parameters)[:4]
+    assert names == ["self", "prompt", "sampling_params", "request_id"]
+    for package, request, handler in COMPLETIONS.values():
+        fields = getattr(import_module(f"{package}.protocol"), request).model_fields
+        assert "vllm_xargs" in fields and "express" not in fields
+        parameters = inspect.signature(getattr(import_module(f"{package}.api_router"), handler))
+        assert list(parameters.parameters) == ["request", "raw_request"]

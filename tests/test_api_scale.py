@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 from browser import Browser
-from conftest import serve
+from conftest import BLOCKS, serve
 from test_hard_input import body, wait_for_rest
 
 pytestmark = [pytest.mark.server, pytest.mark.ops]
@@ -50,6 +50,13 @@ def test_the_page_is_open_but_asks_for_the_key(pair):
         page.run("document.getElementById('key').focus()")
         page.type(KEY)
         page.until(f"{state} === 'connected'")
+
+
+def test_both_servers_know_the_pool(pair):
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for _ in range(8):  # a connection each, so that both are asked
+        config = httpx.get(f"{pair.url}/v1/express/config", headers=headers, timeout=60).json()
+        assert config["pool"]["blocks"] == BLOCKS - 1
 
 
 def test_metrics_count_over_both_servers(pair):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -192,6 +193,31 @@ def test_the_logger_counts_what_it_is_told(model_path):
         assert value("refused_requests_total", reason="seed") == 1
         assert value("refused_requests_total", reason="unknown_field") == 1
         assert value("compactions_total") == 0, "the other engine has its own series"
+    finally:
+        unregister_vllm_metrics()
+
+
+def test_without_vllms_statistics_there_are_no_metrics():
+    from express_vllm.server.metrics import attach_metrics
+
+    attach_metrics(SimpleNamespace(logger_manager=None), None)
+
+
+def test_our_logger_goes_before_vllms(model_path):
+    from test_startup import engine_config
+    from vllm.v1.metrics.loggers import StatLoggerManager
+    from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+
+    from express_vllm.server.metrics import ExpressStatLogger, attach_metrics
+
+    config = engine_config(model_path, attention_backend="express")
+    manager = StatLoggerManager(config, [0])
+    try:
+        attach_metrics(SimpleNamespace(logger_manager=manager), config)
+        assert isinstance(manager.stat_loggers[0], ExpressStatLogger)
+        stats = scheduler_stats({"held": 5, "exact": 9, "running": {}})
+        manager.record(stats, None)
+        assert not stats.num_kv_fetch_reqs_by_stage, "taken out before vLLM's loggers"
     finally:
         unregister_vllm_metrics()
 

@@ -121,7 +121,7 @@ async def _answer(
     current_call.set(call)
     try:
         response = await handler(request, raw_request)
-        if isinstance(response, StreamingResponse):
+        if isinstance(response, StreamingResponse) and not call.asked.is_set():
             response.body_iterator = await settled(aiter(response.body_iterator), call.asked)
     except BaseException:
         service.finish(call)
