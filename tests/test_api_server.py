@@ -73,6 +73,10 @@ def test_completions_report_what_the_cache_held(server, client, long_prompt):
     assert server.metric("vllm:express_peak_slots_sum") - before["peak_slots_sum"] == 512
     more = server.metric("vllm:express_compactions_total") - before["compactions_total"]
     assert more == found["compactions"]
+    thinned = server.metric("vllm:express_tokens_thinned_total") - before["tokens_thinned_total"]
+    assert 1529 - 512 <= thinned < 1529, "what was not held any more at the end"
+    seconds = server.metric("vllm:express_compaction_seconds_sum")
+    assert seconds > before["compaction_seconds_sum"], "measured in the worker's process"
 
 
 def test_the_object_and_vllm_xargs_give_the_same_answer(client, long_prompt):
