@@ -6,7 +6,9 @@ import argparse
 import asyncio
 import dataclasses
 import itertools
+import json
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -120,3 +122,15 @@ def test_a_small_load_on_the_real_server(server, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib draws the plot: pip install matplotlib")
     plot(runs, Objective(5, 0.2), tmp_path / "load.png", "small load")
     assert (tmp_path / "load.png").stat().st_size > 10_000
+
+
+def test_the_documented_numbers_are_the_stored_ones():
+    root = Path(__file__).parent.parent
+    stored = json.loads((root / "bench" / "results" / "load-cpu.json").read_text())
+    page = (root / "docs" / "operations.md").read_text()
+    lines = page.split("<!-- load -->")[1].split("<!-- /load -->")[0].splitlines()
+    header, _, *rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    assert rows == [[str(row[name]) for name in header] for row in stored["rows"]]
+    assert set(stored["requests"]) == {"express", "exact"} and stored["command"].endswith(
+        "--name load-cpu"
+    )

@@ -138,6 +138,8 @@ def plot(runs: Sequence[Run], objective: Objective, path: Path, title: str) -> N
         axis.set_xlim(left=0)
         axis.grid(color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
+        if y == "requests":
+            axis.yaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=9, frameon=False, loc="best")
     figure.savefig(path, dpi=110)
     plt.close(figure)
