@@ -7,18 +7,21 @@ import inspect
 import json
 import math
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse, StreamingResponse
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.testclient import TestClient
 
 from express_vllm.budget import FIELDS, BudgetError, ServerConfig, resolve
 from express_vllm.fields import Fields, limited, parse
 from express_vllm.kvsize import KVSize
 from express_vllm.server.answer import with_usage
 from express_vllm.server.body import check_duplicates, merge
-from express_vllm.server.middleware import PATH, add_to
+from express_vllm.server.middleware import PATH, ExpressMiddleware, add_to
 from express_vllm.server.page import HEADERS, PAGE
 from express_vllm.server.plan import Capacity, attended, describe_server, plan
 from express_vllm.server.settle import settled
@@ -383,24 +386,29 @@ def test_the_middleware_is_a_default_of_vllms_parser_and_keeps_the_users():
     assert parser.parse_args([]).middleware == [PATH], "once, however often it is asked"
 
 
-def test_a_server_without_express_is_left_alone():
-    from types import SimpleNamespace
-
-    from fastapi import FastAPI
-    from starlette.testclient import TestClient
-
-    from express_vllm.server.middleware import ExpressMiddleware
-
+def application(backend):
+    """A FastAPI application with our middleware and as much of vLLM's state as decides about it."""
     app = FastAPI()
     app.add_middleware(ExpressMiddleware)
-    attention = SimpleNamespace(backend=SimpleNamespace(name="CPU_ATTN"))
+    attention = SimpleNamespace(backend=SimpleNamespace(name=backend))
     app.state.vllm_config = SimpleNamespace(attention_config=attention)
     app.state.engine_client = object()
+    return app
+
+
+def test_a_server_without_express_is_left_alone():
+    app = application("CPU_ATTN")
     before = list(app.routes)
     with TestClient(app) as client:
         assert client.get("/express").status_code == 404
         assert client.get("/v1/express/config").status_code == 404
     assert list(app.routes) == before
+
+
+def test_a_server_does_not_start_without_what_was_asked_of_it():
+    """An error while the routes are added must not leave a server that ignores budgets."""
+    with pytest.raises(AttributeError), TestClient(application("EXPRESS")):
+        pass
 
 
 def test_the_page_is_self_contained_and_its_policy_says_so():

@@ -32,7 +32,13 @@ class ExpressMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            self._start(scope["app"])
+            try:
+                self._start(scope["app"])
+            except Exception as error:  # else uvicorn would serve on, without our routes
+                logger.exception("express: the request API cannot start")
+                await receive()
+                await send({"type": "lifespan.startup.failed", "message": str(error)})
+                raise
         await self.app(scope, receive, send)
 
     def _start(self, app: Any) -> None:
