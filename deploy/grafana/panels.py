@@ -255,8 +255,8 @@ MEMORY = Dashboard(
                 ),
                 Panel(
                     "Held of exact",
-                    "Lower saves more. Above 100% just before a request's first compaction, when its "
-                    "last slots are reserved.",
+                    "Lower saves more. Above 100% just before a request's first compaction, when "
+                    "its last slots are reserved.",
                     (Query(f"{HELD} / ({EXACT} > 0)", "held / exact"),),
                     "percentunit",
                     width=12,
