@@ -1,0 +1,140 @@
+"""Policies by name: `name` or `name:key=value,key=value`, each with a number of peak slots.
+
+exact                       every token
+express                     ours, the default; options of the shape: schedule, profile, sinks,
+                            heavy, window, interval, group; kernel = gaussian, exponential or
+                            (CPU) uniform.  A size may be a share of the slots: heavy=0.25
+paper                       published Express, as rebuilt (docs/algorithm.md)
+uniform                     our schedule with coins; uniform:schedule=paper for the published one
+streaming                   StreamingLLM, evicting at every token
+snapkv knorm keydiff expected h2o random
+                            streaming eviction; options: interval, sinks, recent
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from express_vllm.layout import PROFILES, Shape, make_shape
+
+from . import presses
+from .caches import Accumulated, EvictingCache, ExactCache, Score, UniformCache, WindowCache
+from .express import ExpressCache, Plans
+from .harness import Heads, LayerCache
+
+SINKS = 4
+#: Peers that evict by a score -> the share of the slots that holds recent tokens for sure, a quarter
+#: as in our default; H2O's paper gives them half, SnapKV's press protects its own window.
+RECENT = {"snapkv": 0.0, "knorm": 0.25, "keydiff": 0.25, "expected": 0.25, "h2o": 0.5,
+          "random": 0.25}  # fmt: skip
+OURS = ("express", "paper", "uniform")
+NAMES = ("exact", *OURS, "streaming", *RECENT)
+SHAPE_SIZES = ("sinks", "heavy", "window", "interval", "group")
+TITLES = {
+    "exact": "exact", "express": "express (default)", "paper": "published Express",
+    "uniform": "uniform thinning", "streaming": "StreamingLLM", "snapkv": "SnapKV-style",
+    "knorm": "KNorm", "keydiff": "KeyDiff", "expected": "expected attention", "h2o": "H2O-style",
+    "random": "random eviction",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A way to keep at most `slots` slots."""
+
+    name: str
+    slots: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str, slots: int) -> Policy:
+        name, _, rest = text.partition(":")
+        if name not in NAMES:
+            raise ValueError(f"policy {name!r} is not one of {', '.join(NAMES)}")
+        allowed = {"exact": (), "streaming": ("sinks",)}.get(
+            name,
+            ("schedule", "profile", "kernel", *SHAPE_SIZES) if name in OURS
+            else ("interval", "sinks", "recent"),
+        )  # fmt: skip
+        options: dict[str, Any] = {}
+        for part in filter(None, rest.split(",")):
+            key, _, value = part.partition("=")
+            if key not in allowed:
+                raise ValueError(f"policy {name!r} has no option {key!r}: {', '.join(allowed)}")
+            options[key] = _value(value, slots)
+        return cls(name, slots, options)
+
+    @property
+    def label(self) -> str:
+        if not self.options:
+            return self.name
+        return self.name + ":" + ",".join(f"{k}={v}" for k, v in self.options.items())
+
+    def shape(self) -> Shape:
+        """The cache shape of ours, and the one whose interval peers follow."""
+        options = {k: v for k, v in self.options.items() if k not in ("kernel", "recent")}
+        if self.name == "paper":
+            options["schedule"] = "paper"
+        if self.name == "uniform":
+            options["heavy"] = 0
+        return make_shape(self.slots, **(options if self.name in OURS else {}))
+
+    def caches(self, heads: Heads, seed: int = 0) -> list[LayerCache]:
+        """One per layer."""
+        make = self._maker(heads, seed)
+        return [make(layer) for layer in range(heads.layers)]
+
+    def _maker(self, heads: Heads, seed: int) -> Callable[[int], LayerCache]:
+        sinks = self.options.get("sinks", SINKS)
+        if self.name == "exact":
+            return lambda layer: ExactCache(heads)
+        if self.name == "streaming":
+            return lambda layer: WindowCache(heads, self.slots, sinks)
+        shape = self.shape()
+        if self.name == "uniform":
+            return lambda layer: UniformCache(heads, shape, layer, seed)
+        if self.name in OURS:
+            plans = Plans(shape, seed, heads.group)
+            kernel = self.options.get("kernel")
+            return lambda layer: ExpressCache(heads, layer, plans, kernel)
+        interval = self.options.get("interval", shape.interval)
+        recent = self.options.get("recent", int(RECENT[self.name] * self.slots))
+        recent = min(recent, self.slots - interval - sinks)
+        return lambda layer: EvictingCache(
+            heads, self.slots, interval, sinks, recent, self._score(heads, 1000 * seed + layer)
+        )
+
+    def _score(self, heads: Heads, seed: int) -> Score:
+        press = presses.press_class
+        if self.name == "h2o":
+            return Accumulated(heads)
+        if self.name == "snapkv":
+            window = min(presses.SNAP_WINDOW, self.slots // 4)
+            return presses.SnapScore(
+                heads, press("snapkv_press", "SnapKVPress")(window_size=window)
+            )
+        if self.name == "expected":
+            return presses.ExpectedScore(
+                heads, press("expected_attention_press", "ExpectedAttentionPress")()
+            )
+        if self.name == "random":
+            return presses.RandomScore(heads, press("random_press", "RandomPress")(seed=seed))
+        module, name = {
+            "knorm": ("knorm_press", "KnormPress"),
+            "keydiff": ("keydiff_press", "KeyDiffPress"),
+        }[self.name]
+        return presses.PressScore(heads, press(module, name)())
+
+
+def _value(text: str, slots: int) -> Any:
+    if text in ("gaussian", "exponential", "uniform", "lazy", "paper", *PROFILES):
+        return text
+    number = float(text)
+    return round(number * slots) if "." in text else int(number)
+
+
+def seeded(policy: Policy) -> bool:
+    """Whether the policy's outcome depends on its seed."""
+    return policy.name in (*OURS, "random")

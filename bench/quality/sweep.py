@@ -1,0 +1,41 @@
+"""What the sweep of defaults tries, one change from the default at a time, and how peers are tuned."""
+
+from __future__ import annotations
+
+from .policies import Policy
+
+#: Axis -> policies.  `default` is part of every axis.
+AXES = {
+    "schedule": ("paper", "uniform", "uniform:schedule=paper", "express:profile=even"),
+    "kernel": ("express:kernel=exponential", "express:kernel=uniform",
+               "express:schedule=paper,kernel=gaussian"),
+    "sinks": tuple(f"express:sinks={n}" for n in (0, 1, 8, 16, 32)),
+    "window": tuple(f"express:window={x}" for x in ("0.0625", "0.125", "0.375", "0.5")),
+    "heavy": tuple(f"express:heavy={x}" for x in ("0", "0.0625", "0.25", "0.375")),
+    "group": tuple(f"express:group={n}" for n in (8, 16, 32, 128, 256)),
+    "interval": tuple(f"express:interval={n}" for n in (32, 64, 128, 256, 512)),
+    "together": ("express:window=0.125,heavy=0.25", "express:window=0.375,heavy=0.25",
+                 "express:window=0.125,heavy=0.375", "express:window=0.375,heavy=0.0625",
+                 "express:window=0.125,heavy=0.125,profile=even",
+                 "express:window=0.25,heavy=0.25,profile=even"),
+    "peers": ("streaming", "snapkv", "snapkv:recent=0.25", "snapkv:recent=0.5", "h2o",
+              "h2o:recent=0.25", "expected", "expected:recent=0.5", "keydiff", "keydiff:recent=0.5",
+              "knorm", "knorm:recent=0.5", "random"),
+}  # fmt: skip
+#: For a quick look.
+SMALL = ("schedule", "heavy")
+
+
+def policies(slots: int, axes: tuple[str, ...], device: str) -> list[Policy]:
+    """The distinct policies of some axes that fit; a kernel that the device lacks is left out."""
+    found: dict[str, Policy] = {}
+    for text in ("exact", "express", *(t for axis in axes for t in AXES[axis])):
+        if device != "cpu" and "kernel=uniform" in text:
+            continue
+        policy = Policy.parse(text, slots)
+        try:
+            policy.shape()
+        except ValueError:
+            continue  # no room for a coreset: not a choice at this budget
+        found.setdefault(policy.label, policy)
+    return list(found.values())
