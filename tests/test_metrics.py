@@ -43,6 +43,7 @@ def test_a_preempted_request_compacts_again_and_keeps_its_peak():
     first = tracked.advance(0, 1000)
     assert first == (len(found.layout.events(0, 1000)), 1000 - found.layout.live(1000))
     assert tracked.advance(0, 500)[0] == len(found.layout.events(0, 500))
+    assert tracked.most == 1000
     assert tracked.advance(500, 1000)[0] == len(found.layout.events(500, 1000))
     assert tracked.most == 1000
 
