@@ -25,8 +25,8 @@ from .express import ExpressCache, Plans
 from .harness import Heads, LayerCache
 
 SINKS = 4
-#: Peers that evict by a score -> the share of the slots that holds recent tokens for sure, a quarter
-#: as in our default; H2O's paper gives them half, SnapKV's press protects its own window.
+#: Peers that evict by a score -> the share of the slots that holds recent tokens for sure: a
+#: quarter as in our default; H2O's paper gives half, SnapKV's press protects its own window.
 RECENT = {"snapkv": 0.0, "knorm": 0.25, "keydiff": 0.25, "expected": 0.25, "h2o": 0.5,
           "random": 0.25}  # fmt: skip
 OURS = ("express", "paper", "uniform")

@@ -1,8 +1,8 @@
 """Recall over a distance: needles, key-value pairs and repeated passages.
 
-Needle and key-value prompts follow RULER (arXiv 2404.06654): facts hidden in a real text, a question
-about one of them at the end.  The right answer's log-probability stands against those of answers of
-the same form (`choice`), and `match` says whether greedy decoding would have given it.
+Needle and key-value prompts follow RULER (arXiv 2404.06654): facts hidden in a real text, a
+question about one of them at the end.  The right answer's log-probability stands against those of
+answers of the same form (`choice`), and `match` says whether greedy decoding would have given it.
 """
 
 from __future__ import annotations
@@ -22,56 +22,12 @@ from .progress import Progress
 #: Wrong answers beside the right one.
 DISTRACTORS = 7
 DIGITS = 6
-WORDS = [
-    "amber",
-    "basin",
-    "candle",
-    "desert",
-    "ember",
-    "falcon",
-    "garden",
-    "harbor",
-    "island",
-    "jungle",
-    "kettle",
-    "lantern",
-    "meadow",
-    "needle",
-    "orchard",
-    "pepper",
-    "quarry",
-    "ribbon",
-    "saddle",
-    "timber",
-    "umbrella",
-    "valley",
-    "walnut",
-    "yellow",
-    "zipper",
-    "anchor",
-    "blanket",
-    "copper",
-    "dragon",
-    "engine",
-    "feather",
-    "glacier",
-    "hammer",
-    "ivory",
-    "jacket",
-    "kernel",
-    "ladder",
-    "marble",
-    "nickel",
-    "oyster",
-    "pillow",
-    "quartz",
-    "rocket",
-    "silver",
-    "tunnel",
-    "urchin",
-    "velvet",
-    "whistle",
-]
+WORDS = """
+    amber basin candle desert ember falcon garden harbor island jungle kettle lantern meadow
+    needle orchard pepper quarry ribbon saddle timber umbrella valley walnut yellow zipper
+    anchor blanket copper dragon engine feather glacier hammer ivory jacket kernel ladder marble
+    nickel oyster pillow quartz rocket silver tunnel urchin velvet whistle
+""".split()  # noqa: SIM905
 
 
 @dataclass

@@ -109,14 +109,15 @@ def _nll(name: str, stored: dict[str, Any]) -> str:
     lines, beside = [], []
     for label in _labels(rows):
         lines.append({"cache": title(label)} | {
-            f"{n:,} slots": shown(list(found[label, n].values())) if (label, n) in found else "–"
+            f"{n:,} slots": shown(list(found[label, n].values())) if (label, n) in found else "-"
             for n in slots})  # fmt: skip
         if label != "express":
             beside.append({"cache": title(label)} | {
                 f"{n:,} slots": _paired(found, label, n) for n in slots})  # fmt: skip
     plot = _plot_bars(
-        name, {title(label): {n: list(found[label, n].values()) for n in slots if (label, n) in found}
-               for label in _labels(rows)},
+        name,
+        {title(label): {n: list(found[label, n].values()) for n in slots if (label, n) in found}
+         for label in _labels(rows)},
         "NLL gap to exact attention, nats a token", "slots",
     )  # fmt: skip
     return "\n".join([
@@ -133,7 +134,7 @@ def _nll(name: str, stored: dict[str, Any]) -> str:
 def _paired(found: dict[tuple[str, int], dict[str, float]], label: str, slots: int) -> str:
     ours, theirs = found.get(("express", slots)), found.get((label, slots))
     if not ours or not theirs:
-        return "–"
+        return "-"
     return shown([theirs[d] - ours[d] for d in ours if d in theirs])
 
 
@@ -155,8 +156,8 @@ def _error(name: str, stored: dict[str, Any]) -> str:
             lines.append({
                 "cache": title(label), "slots": f"{slots:,}", "exact inputs": shown(alone, 4),
                 "streaming inputs": shown(streaming, 4),
-                "last layer, exact": f"{statistics.fmean(r['exact'][-1] for r in some):.4f}",
-                "last layer, streaming": f"{statistics.fmean(r['streaming'][-1] for r in some):.4f}",
+                "last layer, exact": shown([r["exact"][-1] for r in some], 4),
+                "last layer, streaming": shown([r["streaming"][-1] for r in some], 4),
             })  # fmt: skip
             if slots == _columns(rows)[-1]:
                 curves[title(label)] = {
@@ -278,7 +279,7 @@ def _sweep(name: str, stored: dict[str, Any]) -> str:
             for n in slots:
                 label = _label(text, n)
                 cell = found.get((label, n))
-                line[f"{n:,} slots"] = "–" if not cell else (
+                line[f"{n:,} slots"] = "-" if not cell else (
                     f"{statistics.fmean(cell.values()):.3f}"
                     + ("" if text == "express" else f" ({_paired(found, label, n)})")
                 )  # fmt: skip
@@ -384,8 +385,9 @@ def _plot_lines(name: str, points: dict[str, dict[int, tuple[float, float]]], wh
         x = [d * (1 + 0.012 * (i - len(points) / 2)) for d in values]  # error bars stay apart
         y, spread = zip(*values.values(), strict=True)
         spread = [0 if math.isnan(s) else s for s in spread]
-        axes.errorbar(x, y, yerr=spread, color=str(0.65 * i / max(1, len(points) - 1)), capsize=2,
-                      linestyle=DASHES[i % 4], marker=MARKERS[i % len(MARKERS)], label=label)  # fmt: skip
+        shade = str(0.65 * i / max(1, len(points) - 1))
+        axes.errorbar(x, y, yerr=spread, color=shade, capsize=2, linestyle=DASHES[i % 4],
+                      marker=MARKERS[i % len(MARKERS)], label=label)  # fmt: skip
     axes.set_xlabel("distance, tokens")
     axes.set_ylabel(f"share of exact's gain kept, {what}")
     axes.axhline(0, color="black", linewidth=0.8)

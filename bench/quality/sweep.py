@@ -1,4 +1,4 @@
-"""What the sweep of defaults tries, one change from the default at a time, and how peers are tuned."""
+"""What the sweep of defaults tries: one change from the default at a time, and tuned peers."""
 
 from __future__ import annotations
 

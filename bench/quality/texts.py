@@ -2,7 +2,7 @@
 
     python -m bench.quality texts            # fetch what is missing, compare with the manifest
     python -m bench.quality texts --write    # fetch everything and write the manifest
-    python -m bench.quality texts --bundle FILE.pt     # the tokens alone, for a machine without network
+    python -m bench.quality texts --bundle F.pt   # the tokens alone, for a machine without network
 
 Documents lie in the cache folder, never in the repository.  `split` says what they are for:
 defaults are chosen on `choose` and reported on `report`.
