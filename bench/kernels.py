@@ -91,8 +91,9 @@ class Prefill:
                 states.append((source, step.identity_lists(s, KV_HEADS, DEVICE)))
                 continue
             scores = step.score_recent(s, query, self.cache, source, 1, SCALE, GROUP)
+            model = step.model_of(self.cache, GROUP)
             lists, _ = step.compact(
-                s, scores, source, KV_HEADS, SIZE, s.zero, 0, SCALE, tuning=tuning
+                s, scores, source, KV_HEADS, model, s.zero, 0, SCALE, tuning=tuning
             )
             states.append((source, lists))
         return states

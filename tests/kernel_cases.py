@@ -461,10 +461,11 @@ def test_teams_decide_alike():
     plan = StepPlan.make(layout, [Chunk(0, total, 0, 0, SEED)], group, DEVICE)
     source = step.chunk_source(plan, *batch[1:], runner.cache, runner.table)
     scores = step.score_recent(plan, batch[0], runner.cache, source, 1, runner.scale, group)
+    model = step.model_of(runner.cache, group)
     lists = [
         step.compact(
-            plan, scores, source, heads, size, runner.zero, 0, runner.scale, 0, Tuning(team=team)
-        )[0]
+            plan, scores, source, heads, model, runner.zero, 0, runner.scale, 0, Tuning(team=team)
+        )[0].clone()
         for team in (1, 2, 4, 8)
     ]
     for k in range(plan.events):

@@ -18,15 +18,16 @@ from express_vllm.layout import DRAW
 from express_vllm.rng import STREAM_COMPLEMENT, STREAM_DRAW, STREAM_SIGN
 
 from . import columns
-from .halving import differences, entry, keep, long_tile, measure, walk_half
-from .rows import event_key, mix, request_slots, wait_until
+from .halving import differences, entry, keep, long_tile, measure, walk
+from .launch import kernel
+from .rows import event_key, mix, request_slots, wait_until, wide
 from .selection import ROWS, choose_heavy, score_stored
 
 _SIGN, _COMPLEMENT = tl.constexpr(STREAM_SIGN), tl.constexpr(STREAM_COMPLEMENT)
 _DRAWN, _DRAW = tl.constexpr(STREAM_DRAW), tl.constexpr(DRAW)
 
 
-@triton.jit
+@kernel
 def compact_kernel(
     requests, headers, rounds, ops, ids, bias,
     rows, score, peak, total,
@@ -36,47 +37,55 @@ def compact_kernel(
     shared,  # fp32 [teams, shared_width]: what a team's members share
     counters,  # int32 zeros: programs that started, then the teams' meetings
     progress,  # int32 out [R, H], zeros before: lists that are written, for one layer
-    s_value, s_page, s_head, s_slot, s_table,
+    s_value: tl.int64, s_page: tl.int64, s_head: tl.int64, s_slot: tl.int32, s_table: tl.int32,
     scale, root,  # softmax scale; 1 / sqrt(D) of the halving kernel
-    tasks, request_count, heads, first_head, first_layer, layer_ids, sinks, heavy,
-    instance_count, list_rows, width, score_width, scratch_width, virtual_width, shared_width,
+    tasks: tl.int32, request_count: tl.int32, heads: tl.int32, first_head: tl.int32,
+    first_layer: tl.int32, layer_ids, sinks: tl.int32, heavy: tl.int32,
+    instance_count: tl.int32, list_rows: tl.int32, width: tl.int32, score_width: tl.int32,
+    scratch_width: tl.int32, virtual_width: tl.int32, shared_width: tl.int32, team: tl.int32,
     D: tl.constexpr, D_PAD: tl.constexpr,
-    C: tl.constexpr, C_FIRST: tl.constexpr,  # candidates of an event, of a layout's first one
-    TEAM: tl.constexpr,
-    SLICES: tl.constexpr,  # parts of the stored slots: from the shape alone, they order a sum
-    BLOCK: tl.constexpr, G: tl.constexpr, B: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr,
-    TILES: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_HEAVY: tl.constexpr, KIND: tl.constexpr,
-    WIDE: tl.constexpr, SIGNAL: tl.constexpr,
+    C: tl.constexpr,  # candidates that are in registers at a time
+    SLICES: tl.constexpr,  # parts of the stored slots: they order a sum
+    BLOCK: tl.constexpr,
+    G: tl.constexpr,  # halvings of a round that a program runs side by side
+    B: tl.constexpr,  # of these, how many share a matrix product
+    P: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_HEAVY: tl.constexpr, KIND: tl.constexpr,
+    LONG: tl.constexpr,  # groups of any number of tiles, one at a time
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Work off the events of every request, layer and KV head.
 
-    A team of TEAM programs takes one of them: its members share out the slices of scores and the
+    A team of `team` programs takes one of them: its members share out the slices of scores and the
     halvings of a round, meet, and repeat the rest each for itself.  Within a program entries pass
     from phase to phase through scratch of its own; a barrier orders writers before readers.  What
     is written for an event lies in one of two copies, since a member may still read an event's
-    while another one writes the next's.  No arithmetic depends on TEAM: partial sums belong to
+    while another one writes the next's.  No arithmetic depends on `team`: partial sums belong to
     slices, not to programs.
     """
+    # Attention runs at the same time as events of a step with new tokens.
+    SIGNAL: tl.constexpr = BLOCK_SIZE == 0
     o_d, o_r = tl.arange(0, D_PAD), tl.arange(0, ROWS)
-    o_g = tl.arange(0, G)
-    o_half = tl.arange(0, HALF)
-    team, member = tl.program_id(0) // TEAM, tl.program_id(0) % TEAM
+    scratch_width = wide(scratch_width)
+    virtual_width = wide(virtual_width)
+    shared_width = wide(shared_width)
+    score_width = wide(score_width)
+    i_team, member = tl.program_id(0) // team, tl.program_id(0) % team
     p_virtuals = virtual + tl.program_id(0).to(tl.int64) * (2 * virtual_width)
-    # Own scratch: differences, thresholds, psi, signs, mean key, masses.
+    # Own scratch: differences, thresholds, psi, mean key, masses, signs.
     p_delta = scratch + tl.program_id(0).to(tl.int64) * scratch_width
     p_tau = p_delta + G * P * P
     p_psi = p_tau + G * P
-    p_sign = p_psi + G * P
-    p_mean = p_sign + G * P * TILES
-    p_mass = p_mean + D_PAD
+    p_mean = p_psi + G * P
+    p_bits = (p_mean + D_PAD).to(tl.pointer_type(tl.int32))
+    p_sign = p_mean + D_PAD + score_width
     # Shared: maxima and sums of every slice, the halvings' outputs.
-    p_parts = shared + team.to(tl.int64) * shared_width
+    p_parts = shared + i_team.to(tl.int64) * shared_width
     p_outputs = (p_parts + 4 * ROWS * SLICES).to(tl.pointer_type(tl.int32))
-    p_arrived = counters + 1 + team
+    p_arrived = counters + 1 + i_team
     meetings = 0
     if SIGNAL:
         tl.atomic_add(counters, 1, sem="relaxed")
-    for task in range(team, tasks, tl.num_programs(0) // TEAM):
+    for task in range(i_team, tasks, tl.num_programs(0) // team):
         i_head = task % heads
         i_request = (task // heads) % request_count
         request = requests + i_request * columns.REQUEST
@@ -132,21 +141,15 @@ def compact_kernel(
                 p_score = score + i_row * score_width
                 score_stored(
                     b_q, p_virtual, bias + tl.load(header + columns.BIAS), p_slots, p_table, s_page,
-                    s_slot, p_score, p_part, scale, member, stored, sinks, heavy,
-                    D, D_PAD, BLOCK, SLICES, TEAM, BLOCK_SIZE,
+                    s_slot, p_score, p_part, scale, member, team, stored, sinks, heavy,
+                    D, D_PAD, BLOCK, SLICES, BLOCK_SIZE,
                 )  # fmt: skip
-                meetings += TEAM
-                meet(p_arrived, meetings, TEAM)
-                if (C_FIRST > C) & (event_first + e == 0):
-                    choose_heavy(
-                        p_score, p_part, peak + i_row, total + i_row, p_mass, p_virtual, recent,
-                        stored, incoming, sinks, heavy, C_FIRST, SLICES,
-                    )  # fmt: skip
-                else:
-                    choose_heavy(
-                        p_score, p_part, peak + i_row, total + i_row, p_mass, p_virtual, recent,
-                        stored, incoming, sinks, heavy, C, SLICES,
-                    )  # fmt: skip
+                meetings += team
+                meet(p_arrived, meetings, team)
+                choose_heavy(
+                    p_score, p_part, peak + i_row, total + i_row, p_bits, p_virtual, recent,
+                    stored, incoming, sinks, heavy, C, SLICES,
+                )  # fmt: skip
             else:
                 for j in range(0, incoming, WIDE):
                     o_j = stored + j + tl.arange(0, WIDE)
@@ -166,76 +169,15 @@ def compact_kernel(
                 if tl.load(op + columns.KIND) == _DRAW:
                     draw_entry(op, event, ids, p_virtual, p_output, base)
                 else:
-                    mine = tl.minimum(member * G, op_count)
-                    op += mine * columns.OP
-                    op_count = tl.minimum(op_count - mine, G)
-                    m_g = o_g < op_count
-                    p_op = op + o_g * columns.OP
-                    b_length = tl.load(p_op + columns.LENGTH, mask=m_g, other=0)
-                    b_index = tl.load(p_op + columns.INDEX, mask=m_g, other=0).to(tl.uint32)
-                    b_inputs = tl.load(p_op + columns.INPUTS, mask=m_g, other=0)
-                    b_output = tl.load(p_op + columns.OUTPUT, mask=m_g, other=0)
-                    b_op = mix(tl.zeros([G], tl.uint32) + event, b_index)
-                    b_key = mix(b_op, tl.full([G], _SIGN, tl.uint32))
-                    b_flip = mix(b_op, tl.full([G], _COMPLEMENT, tl.uint32))
-                    b_flip = (mix(b_flip, tl.zeros([G], tl.uint32)) & 1).to(tl.int32)
-                    bound2 = tl.full([], 0.0, tl.float32)
-                    shift = bound2
-                    mean2 = bound2
-                    most_root = bound2
-                    LONG: tl.constexpr = (TILES > 1) | (KIND != 0)
-                    if LONG:
-                        bound2, shift, mean2 = measure(
-                            tl.load(op + columns.LENGTH), ids + tl.load(op + columns.INPUTS),
-                            p_virtual, p_output, base, p_mean, p_slots, p_table, s_value, s_page,
-                            s_slot,
-                            D, D_PAD, P, BLOCK_SIZE, KIND,
+                    for first in range(member * G, op_count, team * G):
+                        halve(
+                            op + first * columns.OP, op_count - first, event, ids, p_virtual,
+                            p_output, base, p_slots, p_table, s_value, s_page, s_slot, p_delta,
+                            p_tau, p_psi, p_mean, p_sign, root, D, D_PAD, G, B, P, BLOCK_SIZE, KIND,
+                            LONG,
                         )  # fmt: skip
-                    longest = tl.max(b_length, 0)
-                    for i_tile in range(tl.cdiv(longest, 2 * P)):
-                        if LONG:
-                            most_root = long_tile(
-                                op, i_tile, ids, p_virtual, p_output, base, p_mean, p_slots,
-                                p_table, s_value, s_page, s_slot, p_delta, p_tau, p_psi, p_sign,
-                                bound2, shift, mean2, most_root, root,
-                                D, D_PAD, P, TILES, BLOCK_SIZE, KIND,
-                            )  # fmt: skip
-                        else:
-                            for g in range(0, op_count, B):
-                                differences(
-                                    op + g * columns.OP, op_count - g, ids, p_virtual, p_output,
-                                    base, p_slots, p_table, s_value, s_page, s_slot,
-                                    p_delta + g * (P * P), root, D, D_PAD, P, B, BLOCK_SIZE,
-                                )  # fmt: skip
-                        tl.debug_barrier()
-                        b_near_psi = tl.zeros([G, HALF], tl.float32)
-                        b_far_psi = b_near_psi
-                        if TILES > 1:
-                            p_from = p_psi + o_g[:, None] * P + o_half[None, :]
-                            b_near_psi = tl.load(p_from, mask=m_g[:, None], other=0.0)
-                            b_far_psi = tl.load(p_from + HALF, mask=m_g[:, None], other=0.0)
-                        b_sign, b_far_psi = walk_half(
-                            p_delta, p_tau, b_near_psi, b_far_psi, b_key, i_tile * P,
-                            G, P, HALF, 0, KIND,
-                        )  # fmt: skip
-                        keep(
-                            b_sign, b_flip, i_tile, 0, b_length, ids + b_inputs, b_output - base,
-                            m_g, p_virtual, p_output, base, p_sign, G, P, HALF, TILES,
-                        )  # fmt: skip
-                        if P > HALF:
-                            b_sign, _ = walk_half(
-                                p_delta, p_tau, b_far_psi, b_far_psi, b_key, i_tile * P,
-                                G, P, HALF, 1, KIND,
-                            )  # fmt: skip
-                            keep(
-                                b_sign, b_flip, i_tile, 1, b_length, ids + b_inputs,
-                                b_output - base, m_g, p_virtual, p_output, base, p_sign,
-                                G, P, HALF, TILES,
-                            )  # fmt: skip
-                        if LONG:
-                            tl.debug_barrier()
-                meetings += TEAM
-                meet(p_arrived, meetings, TEAM)
+                meetings += team
+                meet(p_arrived, meetings, team)
             p_new = p_list + (e + 1) * heads * width
             p_next = p_virtuals + (1 - copy) * virtual_width
             for j in range(0, after, WIDE):
@@ -251,10 +193,66 @@ def compact_kernel(
 
 
 @triton.jit
-def meet(p_arrived, target, TEAM: tl.constexpr):
+def halve(
+    op, count, event, ids, p_virtual, p_output, base, p_slots, p_table, s_value, s_page, s_slot,
+    p_delta, p_tau, p_psi, p_mean, p_sign, root,
+    D: tl.constexpr, D_PAD: tl.constexpr, G: tl.constexpr, B: tl.constexpr, P: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, KIND: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
+    """Run up to G halvings of a round, the first `count` from `op` on."""
+    o_g, o_p = tl.arange(0, G), tl.arange(0, P)
+    m_g = o_g < count
+    p_op = op + o_g * columns.OP
+    b_length = tl.load(p_op + columns.LENGTH, mask=m_g, other=0)
+    b_index = tl.load(p_op + columns.INDEX, mask=m_g, other=0).to(tl.uint32)
+    b_inputs = tl.load(p_op + columns.INPUTS, mask=m_g, other=0)
+    b_output = tl.load(p_op + columns.OUTPUT, mask=m_g, other=0)
+    b_op = mix(tl.zeros([G], tl.uint32) + event, b_index)
+    b_key = mix(b_op, tl.full([G], _SIGN, tl.uint32))
+    b_flip = mix(b_op, tl.full([G], _COMPLEMENT, tl.uint32))
+    b_flip = (mix(b_flip, tl.zeros([G], tl.uint32)) & 1).to(tl.int32)
+    b_psi = tl.zeros([G, P], tl.float32)
+    if LONG:
+        length = tl.load(op + columns.LENGTH)
+        bound2, shift, mean2 = measure(
+            length, ids + tl.load(op + columns.INPUTS), p_virtual, p_output, base, p_mean, p_slots,
+            p_table, s_value, s_page, s_slot, D, D_PAD, P, BLOCK_SIZE, KIND,
+        )  # fmt: skip
+        most_root = tl.full([], 0.0, tl.float32)
+        for i_tile in range(tl.cdiv(length, 2 * P)):
+            most_root = long_tile(
+                op, i_tile, ids, p_virtual, p_output, base, p_mean, p_slots, p_table, s_value,
+                s_page, s_slot, p_delta, p_tau, p_psi, p_sign, bound2, shift, mean2, most_root,
+                root, D, D_PAD, P, BLOCK_SIZE, KIND,
+            )  # fmt: skip
+            tl.debug_barrier()
+            b_psi = tl.load(p_psi + o_g[:, None] * P + o_p[None, :], mask=m_g[:, None], other=0.0)
+            b_sign = walk(p_delta, p_tau, b_psi, b_key, i_tile * P, G, P, KIND)
+            keep(
+                b_sign, b_flip, i_tile, b_length, ids + b_inputs, b_output - base, m_g, p_virtual,
+                p_output, base, p_sign, G, P, LONG,
+            )  # fmt: skip
+            tl.debug_barrier()
+    else:
+        for g in range(0, tl.minimum(count, G), B):
+            differences(
+                op + g * columns.OP, count - g, ids, p_virtual, p_output, base, p_slots, p_table,
+                s_value, s_page, s_slot, p_delta + g * (P * P), root, D, D_PAD, P, B, BLOCK_SIZE,
+            )  # fmt: skip
+        tl.debug_barrier()
+        b_sign = walk(p_delta, p_tau, b_psi, b_key, 0, G, P, KIND)
+        keep(
+            b_sign, b_flip, 0, b_length, ids + b_inputs, b_output - base, m_g, p_virtual, p_output,
+            base, p_sign, G, P, LONG,
+        )  # fmt: skip
+        tl.debug_barrier()
+
+
+@triton.jit
+def meet(p_arrived, target, team):
     """Wait until every member of the team is here; what they wrote before can be read after."""
     tl.debug_barrier()
-    if TEAM > 1:
+    if team > 1:
         tl.atomic_add(p_arrived, 1, sem="release", scope="gpu")
         wait_until(p_arrived, target)
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from express_vllm.layout import Segment
 
+from .launch import kernel
 from .pages import store_token_kernel
-from .rows import slot_rows
+from .rows import slot_rows, wide
 
 #: Slots that one program reads, or a multiple: no request has more than MAX_SPLITS splits, since
 #: the grid that a CUDA graph captures holds that many programs for every request.
@@ -47,11 +48,12 @@ def split_length(count, splits, LENGTH: tl.constexpr):
     return LENGTH * tl.maximum(tl.cdiv(count, LENGTH * splits), 1)
 
 
-@triton.jit
+@kernel
 def decode_kernel(
     query, pages, table, live, starts, steps,
     part, norm,  # fp32 out [R, heads, splits, D], [R, heads, splits, 2]
-    s_query, s_query_head, s_page, s_head, s_slot, s_table, scale2, splits,
+    s_query: tl.int32, s_query_head: tl.int32, s_page: tl.int64, s_head: tl.int64,
+    s_slot: tl.int32, s_table: tl.int32, scale2, splits: tl.int32,
     GROUP: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr,
     LENGTH: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -67,12 +69,13 @@ def decode_kernel(
     o_s = tl.arange(0, SEGMENTS)
     m_d, m_m = o_d < D, o_m < GROUP
     i_query_head = i_head * GROUP + o_m
-    p_query = query + i_request.to(tl.int64) * s_query + i_query_head * s_query_head
+    p_query = query + i_request.to(tl.int64) * wide(s_query)
+    p_query += i_query_head * wide(s_query_head)
     b_q = tl.load(p_query[:, None] + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
     b_start = tl.load(starts + i_request * SEGMENTS + o_s)
     b_step = tl.load(steps + i_request * SEGMENTS + o_s)
     p_table = table + i_request.to(tl.int64) * s_table
-    p_slots = pages + i_head * s_head
+    p_slots = pages + i_head * wide(s_head)
     b_acc = tl.zeros([M, D_PAD], tl.float32)
     b_most = tl.full([M], -1.0e30, tl.float32)
     b_sum = tl.zeros([M], tl.float32)
@@ -100,9 +103,9 @@ def decode_kernel(
     tl.store(norm + 2 * i_part + 1, b_sum, mask=m_m)
 
 
-@triton.jit
+@kernel
 def combine_kernel(
-    part, norm, live, output, s_output, s_output_head, splits,
+    part, norm, live, output, s_output: tl.int32, s_output_head: tl.int32, splits: tl.int32,
     D: tl.constexpr, D_PAD: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
     """Add up a query head's splits in order; padding requests (live = 0) give zeros."""

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import columns
-from .rows import mix, slot_rows
+from .rows import mix, slot_rows, wide
 
 GAUSSIAN, EXPONENTIAL = 0, 1
 
@@ -56,46 +56,42 @@ def load_points(p_k, p_v, m, p_mean, o_d, m_d, KIND: tl.constexpr):
 
 
 @triton.jit
-def walk_half(
+def walk(
     p_delta,  # fp32 [G, P, P]: pair differences
     p_tau,  # fp32 [G, P]: thresholds (exponential)
-    b_near,  # fp32 [G, HALF]: psi of the pairs to decide
-    b_far,  # fp32 [G, HALF]: psi of the second half's pairs, while the first is decided
+    b_psi,  # fp32 [G, P]: psi of the tile's pairs
     b_key,  # uint32 [G]: bits of (event, operation, stream)
     i_first,  # pair index of the tile's first pair
-    G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, SECOND: tl.constexpr, KIND: tl.constexpr,
+    G: tl.constexpr, P: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """The self-balancing walk over half a tile of G groups -> positive signs [G, HALF], b_far.
+    """The self-balancing walk over a tile of G groups -> positive signs [G, P].
 
-    Half a tile (or a whole one of 32 pairs) is as wide as a warp, so that `gather` is one shuffle
-    and every lane knows each sign.  Four steps share a round of shuffles: the entries of D among
-    the four bring the later psi up to date.  All steps are unrolled, so that rows are on their way
-    while earlier ones are decided.  Rows of absent groups are read as they are, never used.
+    A tile's pairs are as wide as a warp, so that `gather` is one shuffle and every lane knows each
+    sign.  Four steps share a round of shuffles: the entries of D among the four bring the later psi
+    up to date.  All steps are unrolled, so that rows are on their way while earlier ones are
+    decided.  Rows of absent groups are read as they are, never used.
     """
-    FAR: tl.constexpr = (SECOND == 0) & (P > HALF)
-    o_lane, o_g = tl.arange(0, HALF), tl.arange(0, G)
-    first = SECOND * HALF
-    o_near = o_lane[None, :] + first
+    o_lane, o_g = tl.arange(0, P), tl.arange(0, G)
     # + where psi < tau; at psi = 0 the tie bit decides.
-    b_bits = mix(b_key[:, None], tl.zeros([G, HALF], tl.uint32) + (i_first + o_near))
+    b_bits = mix(b_key[:, None], tl.zeros([G, P], tl.uint32) + (i_first + o_lane[None, :]))
     b_tie = (b_bits & 1).to(tl.int32)
-    b_tau = tl.zeros([G, HALF], tl.float32)
+    b_tau = tl.zeros([G, P], tl.float32)
     if KIND != 0:
-        b_scale = tl.load(p_tau + o_g[:, None] * P + o_near)
+        b_scale = tl.load(p_tau + o_g[:, None] * P + o_lane[None, :])
         # A positive threshold is compared as it is; only a zero one falls back to the tie bit.
         b_tie = tl.where(b_scale > 0.0, 0, b_tie)
         b_ticket = 2.0 * ((b_bits >> 8).to(tl.float32) * 5.9604644775390625e-08) - 1.0
         b_tau = b_ticket * b_scale
-    b_sign = tl.zeros([G, HALF], tl.int32)
-    p_near = p_delta + o_g[:, None] * (P * P) + first * P + o_near
-    for j in tl.static_range(0, HALF, 4):
-        p_row = p_near + j * P
+    b_sign = tl.zeros([G, P], tl.int32)
+    p_rows = p_delta + o_g[:, None] * (P * P) + o_lane[None, :]
+    for j in tl.static_range(0, P, 4):
+        p_row = p_rows + j * P
         n0, n1 = tl.load(p_row), tl.load(p_row + P)
         n2, n3 = tl.load(p_row + 2 * P), tl.load(p_row + 3 * P)
-        i0 = tl.full([G, HALF], j, tl.int32)
+        i0 = tl.full([G, P], j, tl.int32)
         i1, i2, i3 = i0 + 1, i0 + 2, i0 + 3
-        psi0, psi1 = tl.gather(b_near, i0, 1), tl.gather(b_near, i1, 1)
-        psi2, psi3 = tl.gather(b_near, i2, 1), tl.gather(b_near, i3, 1)
+        psi0, psi1 = tl.gather(b_psi, i0, 1), tl.gather(b_psi, i1, 1)
+        psi2, psi3 = tl.gather(b_psi, i2, 1), tl.gather(b_psi, i3, 1)
         pos0 = positive(psi0, b_tau, b_tie, i0, KIND)
         s0 = tl.where(pos0, 1.0, -1.0)
         psi1 += s0 * tl.gather(n0, i1, 1)
@@ -110,17 +106,13 @@ def walk_half(
         psi3 += s2 * tl.gather(n2, i3, 1)
         pos3 = positive(psi3, b_tau, b_tie, i3, KIND)
         s3 = tl.where(pos3, 1.0, -1.0)
-        b_near = b_near + s0 * n0 + s1 * n1 + s2 * n2 + s3 * n3
-        if FAR:
-            p_far = p_row + HALF
-            b_far = b_far + s0 * tl.load(p_far) + s1 * tl.load(p_far + P)
-            b_far = b_far + s2 * tl.load(p_far + 2 * P) + s3 * tl.load(p_far + 3 * P)
+        b_psi = b_psi + s0 * n0 + s1 * n1 + s2 * n2 + s3 * n3
         b_step = o_lane[None, :] - j
         b_sign = tl.where((b_step == 0) & pos0, 1, b_sign)
         b_sign = tl.where((b_step == 1) & pos1, 1, b_sign)
         b_sign = tl.where((b_step == 2) & pos2, 1, b_sign)
         b_sign = tl.where((b_step == 3) & pos3, 1, b_sign)
-    return b_sign, b_far
+    return b_sign
 
 
 @triton.jit
@@ -142,13 +134,13 @@ def entry(b_id, p_virtual, p_output, base, m):
 
 @triton.jit
 def keep(
-    b_sign, b_flip, i_tile, second, b_length, p_inputs, b_output, m_g, p_virtual, p_output, base,
-    p_sign, G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, TILES: tl.constexpr,
+    b_sign, b_flip, i_tile, b_length, p_inputs, b_output, m_g, p_virtual, p_output, base, p_sign,
+    G: tl.constexpr, P: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    """Of pair i the point 2 i + kept stays, as output i; half a tile of signs [G, HALF]."""
-    o_g, o_lane = tl.arange(0, G), tl.arange(0, HALF) + second * HALF
-    if TILES > 1:
-        o_sign = (o_g[:, None] * TILES + i_tile) * P + o_lane[None, :]
+    """Of pair i the point 2 i + kept stays, as output i; a tile of signs [G, P]."""
+    o_lane = tl.arange(0, P)
+    if LONG:
+        o_sign = i_tile * P + o_lane[None, :]
         tl.store(p_sign + o_sign, 2.0 * b_sign.to(tl.float32) - 1.0, mask=m_g[:, None])
     i_pair = i_tile * P + o_lane
     b_stay = (b_sign ^ 1) ^ b_flip[:, None]
@@ -183,7 +175,7 @@ def differences(
     p_k = slot_rows(i_slot, p_slots, p_table, s_page, s_slot, BLOCK_SIZE)
     m_row = m[:, None] & (o_d < D)[None, :]
     b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_row, other=0.0)
-    b_v = tl.load(p_k[:, None] + s_value + o_d[None, :], mask=m_row, other=0.0)
+    b_v = tl.load(p_k[:, None] + wide(s_value) + o_d[None, :], mask=m_row, other=0.0)
     b_wide = b_k.to(tl.float32)
     b_n = tl.sum(b_wide * b_wide, 1)
     b_bound = tl.max(tl.reshape(tl.max(tl.abs(b_v.to(tl.float32)), 1), [B, 2 * P]), 1)
@@ -208,8 +200,8 @@ def differences(
 def long_tile(
     op, i_tile, ids, p_virtual, p_output, base, p_mean, p_slots, p_table, s_value, s_page, s_slot,
     p_delta, p_tau, p_psi, p_sign, bound2, shift, mean2, most_root, root,
-    D: tl.constexpr, D_PAD: tl.constexpr, P: tl.constexpr, TILES: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, KIND: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, P: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     """Pair differences, thresholds and psi of one tile of a group -> the largest root so far."""
     o_p = tl.arange(0, P)
@@ -231,21 +223,20 @@ def long_tile(
         # 2 S / delta with delta = 1/2 (reference.halving.DELTA).
         factor = 0.5 + tl.log(4.0 * length.to(tl.float32))
         tl.store(p_tau + o_p, b_root * b_most_root * factor)
-    if TILES > 1:
-        b_psi = tl.zeros([P], tl.float32)
-        for i_before in range(i_tile):
-            c_ka, c_va, c_na, c_ma, c_kb, c_vb, c_nb, c_mb = load_pairs(
-                i_before * P, length, ids + inputs, p_virtual, p_output, base, p_mean,
-                p_slots, p_table, s_value, s_page, s_slot, D, D_PAD, P, BLOCK_SIZE, KIND,
-            )  # fmt: skip
-            b_cross = pair_tile(
-                c_ka, c_va, c_na, c_ma, c_kb, c_vb, c_nb, c_mb,
-                b_ka, b_va, b_na, b_ma, b_kb, b_vb, b_nb, b_mb,
-                mean2, bound2, shift, root, KIND,
-            )  # fmt: skip
-            b_s = tl.load(p_sign + i_before * P + o_p)
-            b_psi += tl.sum(b_s[:, None] * b_cross, 0)
-        tl.store(p_psi + o_p, b_psi)
+    b_psi = tl.zeros([P], tl.float32)
+    for i_before in range(i_tile):
+        c_ka, c_va, c_na, c_ma, c_kb, c_vb, c_nb, c_mb = load_pairs(
+            i_before * P, length, ids + inputs, p_virtual, p_output, base, p_mean,
+            p_slots, p_table, s_value, s_page, s_slot, D, D_PAD, P, BLOCK_SIZE, KIND,
+        )  # fmt: skip
+        b_cross = pair_tile(
+            c_ka, c_va, c_na, c_ma, c_kb, c_vb, c_nb, c_mb,
+            b_ka, b_va, b_na, b_ma, b_kb, b_vb, b_nb, b_mb,
+            mean2, bound2, shift, root, KIND,
+        )  # fmt: skip
+        b_s = tl.load(p_sign + i_before * P + o_p)
+        b_psi += tl.sum(b_s[:, None] * b_cross, 0)
+    tl.store(p_psi + o_p, b_psi)
     return most_root
 
 
@@ -259,6 +250,7 @@ def load_pairs(
     """First and second points of pairs [i_pair, i_pair + P): keys, values, norms, mean products."""
     o_d = tl.arange(0, D_PAD)
     m_d = o_d < D
+    s_value = wide(s_value)
     i_first = 2 * (i_pair + tl.arange(0, P))
     m = i_first < length
     i_a = entry(tl.load(p_ids + i_first, mask=m, other=0), p_virtual, p_output, base, m)

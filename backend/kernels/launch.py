@@ -1,26 +1,28 @@
-"""Kernel launches without Triton's binding of arguments, which takes the host about 100 us.
+"""Kernels that are compiled once for a model, and launches that skip Triton's binding of arguments,
+which takes the host about 100 us.
 
-A compiled kernel is looked up by what Triton specialises it for: the constants, the types, and
-whether an integer is 1, a multiple of 16 or wide, or a pointer aligned.
+Triton specialises a kernel for integers that are 1 or multiples of 16.  Ours are counts that differ
+from batch to batch, so only constants, types and pointers' alignment choose what is compiled.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 _compiled: dict[tuple, Any] = {}
+_INTERPRETED = triton.knobs.runtime.interpret
 
 
-def _kind(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16
-    if isinstance(argument, int):
-        wide = not -(1 << 31) <= argument < 1 << 31
-        return (argument % 16 == 0) + 2 * (argument == 1) + 4 * wide
-    return type(argument)
+def kernel(function: Callable) -> Any:
+    """`triton.jit` of a function whose integer parameters are annotated and specialise nothing."""
+    notes = function.__annotations__.items()
+    integers = [name for name, kind in notes if kind in ("tl.int32", "tl.int64")]
+    return triton.jit(function, do_not_specialize=integers)
 
 
 def launch(
@@ -31,16 +33,20 @@ def launch(
     options = {"num_warps": warps, "num_stages": stages}
     if registers:
         options["maxnreg"] = registers
-    if not torch.cuda.is_available():  # the interpreter
+    if _INTERPRETED:
         kernel[grid](*arguments, *constants, **options)
         return
     device = arguments[0].device.index
-    key = (id(kernel), device, warps, stages, registers, constants, *map(_kind, arguments))
+    kinds = [(a.dtype, a.data_ptr() & 15) for a in arguments if type(a) is Tensor]
+    key = (kernel, device, warps, stages, registers, constants, *kinds)
     compiled = _compiled.get(key)
     if compiled is None:
         with torch.cuda.stream(stream):
             _compiled[key] = kernel[grid](*arguments, *constants, **options)
         return
-    compiled[(*grid, 1, 1)[:3]](
-        *arguments, *constants, stream=stream.cuda_stream if stream else None
-    )
+    # As Triton's `run` does, without hooks.
+    raw = stream.cuda_stream if stream else triton.runtime.driver.active.get_current_stream(device)
+    compiled.run(
+        *(*grid, 1, 1)[:3], raw, compiled.function, compiled.packed_metadata, None, None, None,
+        *arguments, *constants,
+    )  # fmt: skip

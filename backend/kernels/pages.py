@@ -8,7 +8,8 @@ import triton.language as tl
 from express_vllm.layout import RING_ROWS
 
 from . import columns
-from .rows import request_slots, slot_rows
+from .launch import kernel
+from .rows import request_slots, slot_rows, wide
 
 ROWS = tl.constexpr(RING_ROWS)
 
@@ -17,6 +18,7 @@ ROWS = tl.constexpr(RING_ROWS)
 def group_mean(p_query, m, s_head, o_d, m_d, GROUP: tl.constexpr, DTYPE: tl.constexpr):
     """Mean query of a KV head's group, rows p_query [N] -> [N, d], summed head by head, rounded as
     stored."""
+    s_head = wide(s_head)
     m_row = m[:, None] & m_d[None, :]
     b_sum = tl.load(p_query[:, None] + o_d[None, :], mask=m_row, other=0.0).to(tl.float32)
     for g in tl.static_range(1, GROUP):
@@ -37,22 +39,24 @@ def keep_rows(
     m_d = o_d < D
     position = tl.load(request + columns.RING_FROM) + o_r
     m = (position >= start) & (position < tl.where(ring >= 0, tl.load(request + columns.STOP), 0))
-    p_query = query + (tl.load(request + columns.TOKEN) + position - start) * s_query
+    i_token = tl.load(request + columns.TOKEN) + position - start
+    p_query = query + i_token * wide(s_query)
     b_row = group_mean(
-        p_query + i_head * GROUP * s_query_head, m, s_query_head, o_d, m_d, GROUP,
+        p_query + i_head * GROUP * wide(s_query_head), m, s_query_head, o_d, m_d, GROUP,
         pages.dtype.element_ty,
     )  # fmt: skip
     i_slot = tl.where(m, ring + o_r // 2, 0)
-    p_row = slot_rows(i_slot, pages + i_head * s_head, p_table, s_page, s_slot, BLOCK_SIZE)
+    p_row = slot_rows(i_slot, pages + i_head * wide(s_head), p_table, s_page, s_slot, BLOCK_SIZE)
     p_row += (o_r % 2) * D
     tl.store(p_row[:, None] + o_d[None, :], b_row, mask=m[:, None] & m_d[None, :])
 
 
-@triton.jit
+@kernel
 def gather_kernel(
     pages, table, requests,
     dense,  # out [R, H, slots, 2 D]
-    s_page, s_head, s_slot, s_table, heads, slots,
+    s_page: tl.int64, s_head: tl.int64, s_slot: tl.int32, s_table: tl.int32, heads: tl.int32,
+    slots: tl.int32,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Copy a request's live slots out of its pages."""
@@ -62,8 +66,9 @@ def gather_kernel(
     m_slot = i_slot < tl.load(request + columns.OLD)
     p_table = table + tl.load(request + columns.TABLE) * s_table
     p_row = slot_rows(
-        tl.where(m_slot, i_slot, 0), pages + i_head * s_head, p_table, s_page, s_slot, BLOCK_SIZE
-    )
+        tl.where(m_slot, i_slot, 0), pages + i_head * wide(s_head), p_table, s_page, s_slot,
+        BLOCK_SIZE,
+    )  # fmt: skip
     o_d = tl.arange(0, 2 * D_PAD)
     m = m_slot[:, None] & (o_d < 2 * D)[None, :]
     i_row = (i_request * heads + i_head).to(tl.int64) * slots + i_slot
@@ -71,11 +76,12 @@ def gather_kernel(
     tl.store(dense + i_row[:, None] * (2 * D) + o_d[None, :], b_row, mask=m)
 
 
-@triton.jit
+@kernel
 def append_kernel(
     key, value, requests,
     dense,  # out [R, H, slots, 2 D]
-    s_key, s_key_head, s_value, s_value_head, heads, slots,
+    s_key: tl.int32, s_key_head: tl.int32, s_value: tl.int32, s_value_head: tl.int32,
+    heads: tl.int32, slots: tl.int32,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Copy a request's new tokens behind its old slots."""
@@ -87,8 +93,8 @@ def append_kernel(
     o_d = tl.arange(0, D_PAD)
     m = m_token[:, None] & (o_d < D)[None, :]
     i_row = tl.load(request + columns.TOKEN) + i_token
-    p_k = key + i_row * s_key + i_head * s_key_head
-    p_v = value + i_row * s_value + i_head * s_value_head
+    p_k = key + i_row * wide(s_key) + i_head * wide(s_key_head)
+    p_v = value + i_row * wide(s_value) + i_head * wide(s_value_head)
     b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m)
     b_v = tl.load(p_v[:, None] + o_d[None, :], mask=m)
     i_slot = (i_request * heads + i_head).to(tl.int64) * slots + old + i_token
@@ -97,11 +103,12 @@ def append_kernel(
     tl.store(p_row + D, b_v.to(dense.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@kernel
 def scatter_kernel(
     pages, source, table, requests, lists, query,
-    s_page, s_head, s_slot, s_table,
-    s_source, s_source_head, s_source_slot, s_value, s_query, s_query_head, heads, width,
+    s_page: tl.int64, s_head: tl.int64, s_slot: tl.int32, s_table: tl.int32,
+    s_source: tl.int64, s_source_head: tl.int64, s_source_slot: tl.int32, s_value: tl.int64,
+    s_query: tl.int32, s_query_head: tl.int32, heads: tl.int32, width: tl.int32,
     D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -139,19 +146,21 @@ def scatter_kernel(
     o_d = tl.arange(0, D_PAD)
     m = m_slot[:, None] & (o_d < D)[None, :]
     b_k = tl.load(p_from[:, None] + o_d[None, :], mask=m)
-    b_v = tl.load(p_from[:, None] + s_value + o_d[None, :], mask=m)
+    b_v = tl.load(p_from[:, None] + wide(s_value) + o_d[None, :], mask=m)
     p_row = slot_rows(
-        tl.where(m_slot, i_slot, 0), pages + i_head * s_head, p_table, s_page, s_slot, BLOCK_SIZE
-    )
+        tl.where(m_slot, i_slot, 0), pages + i_head * wide(s_head), p_table, s_page, s_slot,
+        BLOCK_SIZE,
+    )  # fmt: skip
     tl.store(p_row[:, None] + o_d[None, :], b_k, mask=m)
     tl.store(p_row[:, None] + D + o_d[None, :], b_v, mask=m)
 
 
-@triton.jit
+@kernel
 def move_kernel(
     pages, layer_offsets, table, requests, lists,
     spare,  # [programs, slots, COLUMNS]
-    s_page, s_head, s_slot, s_table, units, request_count, heads, list_rows, width, slots,
+    s_page: tl.int64, s_head: tl.int64, s_slot: tl.int32, s_table: tl.int32, units: tl.int32,
+    request_count: tl.int32, heads: tl.int32, list_rows: tl.int32, width: tl.int32, slots: tl.int32,
     row: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Rewrite pages in place as an event without new tokens left them, COLUMNS of a row at a time.
@@ -208,12 +217,13 @@ def move_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
+@kernel
 def store_token_kernel(
     query, key, value, pages, table, live,
     ring,  # int32 [R]: 2 * slot + half that keeps the query row; -1: none
-    s_query, s_query_head, s_key, s_key_head, s_value, s_value_head,
-    s_page, s_head, s_slot, s_table,
+    s_query: tl.int32, s_query_head: tl.int32, s_key: tl.int32, s_key_head: tl.int32,
+    s_value: tl.int32, s_value_head: tl.int32,
+    s_page: tl.int64, s_head: tl.int64, s_slot: tl.int32, s_table: tl.int32,
     D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Decode: write each request's new key and value to its last live slot, its query row to the

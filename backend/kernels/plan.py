@@ -18,8 +18,8 @@ from torch import Tensor
 
 from express_vllm.layout import DRAW, Event, Layout, Shape, layout_for
 
-#: Most points of one halving tile: the sequential walk never leaves a tile.
-TILE_POINTS = 128
+#: Most points of one halving tile, two for each lane of a warp: the walk never leaves a tile.
+TILE_POINTS = 64
 
 #: Columns of `EventTables.headers`, int32.  STORED: slots before the incoming tokens, LIVE: all
 #: live slots before the event, AFTER: slots before the exact recent ones after it; ROUND and FINAL
@@ -66,7 +66,6 @@ class EventTables:
         self.ids_used = 0
         self.virtual = 0  # the most virtual ids of an event
         self.longest = 0  # the longest halving
-        self.pairs = 32 if 0 < shape.group <= 64 else TILE_POINTS // 2  # of a tile
         self._headers: list[list[int]] = []
         self._rounds: list[tuple[int, int]] = []
         self._ops: list[list[int]] = []

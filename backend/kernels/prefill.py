@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from . import columns
-from .rows import request_slots, slot_rows, wait_until
+from .launch import kernel
+from .rows import request_slots, slot_rows, wait_until, wide
 
 
 @triton.jit
@@ -42,15 +43,18 @@ def attend_tile(
     return b_acc, b_new, b_sum
 
 
-@triton.jit
+@kernel
 def prefill_kernel(
     query, pages, items, requests, lists, bias,
     progress,  # int32 [R, H]: lists that are written
     output,  # out, as query
-    s_query, s_query_head, s_output, s_output_head, s_value, s_page, s_head, s_slot, scale2, heads,
-    width,
+    s_query: tl.int32, s_query_head: tl.int32, s_output: tl.int32, s_output_head: tl.int32,
+    s_value: tl.int64, s_page: tl.int64, s_head: tl.int64, s_slot: tl.int32, scale2,
+    heads: tl.int32,
+    width: tl.int32,
+    wait: tl.int32,  # whether lists are written while this runs
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, WAIT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     # Heads first: programs start in the order in which the lists are written.
     i_head, item = tl.program_id(0), items + tl.program_id(1) * columns.ITEM
@@ -63,18 +67,19 @@ def prefill_kernel(
         pages, requests + i_request * columns.REQUEST, i_request, i_head, s_page, s_head, s_slot, 0
     )
     p_list = lists + (i_list * heads + i_head) * width
-    if WAIT:
-        needed = tl.load(item + 8)
-        if needed > 0:
-            wait_until(progress + i_request * heads + i_head, needed)
+    needed = tl.load(item + 8)
+    if needed * wait > 0:
+        wait_until(progress + i_request * heads + i_head, needed)
 
+    s_value = wide(s_value)
     o_m, o_n, o_d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, D_PAD)
     m_d = o_d < D
     i_token = o_m // GROUP
     m_row = i_token < count
     o_row = (row + i_token).to(tl.int64)
     i_query_head = i_head * GROUP + o_m % GROUP
-    p_query = query + o_row * s_query + i_query_head * s_query_head
+    p_query = query + o_row * wide(s_query)
+    p_query += i_query_head * wide(s_query_head)
     b_q = tl.load(p_query[:, None] + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
     b_acc = tl.zeros([M, D_PAD], tl.float32)
     b_most = tl.full([M], -1.0e30, tl.float32)
@@ -106,7 +111,8 @@ def prefill_kernel(
             b_q, b_acc, b_most, b_sum, p_k, s_value, b_sum, m_seen, o_d, m_d, scale2,
             D, D_PAD, False, True,
         )  # fmt: skip
-    p_output = output + o_row * s_output + i_query_head * s_output_head
+    p_output = output + o_row * wide(s_output)
+    p_output += i_query_head * wide(s_output_head)
     b_acc = b_acc / b_sum[:, None]
     tl.store(
         p_output[:, None] + o_d[None, :], b_acc.to(output.dtype.element_ty),
@@ -114,8 +120,8 @@ def prefill_kernel(
     )  # fmt: skip
 
 
-@triton.jit
-def wait_started_kernel(counters, programs):
+@kernel
+def wait_started_kernel(counters, programs: tl.int32):
     """Return once the compaction's programs run: attention, which waits for their lists, must not
     take the multiprocessors that they need."""
     wait_until(counters, programs)

@@ -39,17 +39,27 @@ def event_key(seed_low, seed_high, layer, head, position):
 
 
 @triton.jit
+def wide(n):
+    """n, which is a multiple of 16, as Triton sees it: rows this far apart load in wide words.
+
+    (`tl.multiple_of` says nothing of a kernel's own parameter.)
+    """
+    return (n >> 4) << 4
+
+
+@triton.jit
 def slot_rows(i_slot, p_slots, p_table, s_page, s_slot, BLOCK_SIZE: tl.constexpr):
     """Pointers [N] to the first element of a request's slots: its key.
 
     p_slots: this layer's and head's slot 0 of page 0; p_table: the block-table row.  BLOCK_SIZE 0:
-    one dense page.
+    one dense page.  Strides are multiples of 16 (`step.py` sees to it), so that rows load wide.
     """
+    s_slot = wide(s_slot)
     if BLOCK_SIZE == 0:
         p_row = p_slots + i_slot.to(tl.int64) * s_slot
     else:
         i_page = tl.load(p_table + i_slot // BLOCK_SIZE).to(tl.int64)
-        p_row = p_slots + i_page * s_page + (i_slot % BLOCK_SIZE) * s_slot
+        p_row = p_slots + i_page * wide(s_page) + (i_slot % BLOCK_SIZE) * s_slot
     return p_row
 
 
@@ -58,11 +68,11 @@ def request_slots(
     pages, request, i_request, i_head, s_page, s_head, s_slot, BLOCK_SIZE: tl.constexpr
 ):
     """Slot 0 of a request in a dense page of its own, in the batch (s_page 0), or in page 0."""
-    p_slots = pages + i_head * s_head
+    p_slots = pages + i_head * wide(s_head)
     if BLOCK_SIZE == 0:
-        p_slots += i_request.to(tl.int64) * s_page
+        p_slots += i_request.to(tl.int64) * wide(s_page)
         if s_page == 0:
-            p_slots += tl.load(request + columns.TOKEN) * s_slot
+            p_slots += tl.load(request + columns.TOKEN) * wide(s_slot)
     return p_slots
 
 

@@ -12,18 +12,17 @@ import triton.language as tl
 from express_vllm.layout import RING_ROWS
 
 from . import columns
+from .launch import kernel
 from .pages import group_mean
-from .rows import request_slots, slot_rows
+from .rows import request_slots, slot_rows, wide
 
 ROWS = tl.constexpr(RING_ROWS)
 LOW = tl.constexpr(-1.0e30)
-#: Most candidates whose scores are in registers at a time.
-_CHUNK = tl.constexpr(512)
-#: Thresholds that one pass of `largest` tries.
-_TRIES = tl.constexpr(16)
+#: Thresholds that one pass of `largest` tries, and its shift while they are octaves.
+_TRIES, _OCTAVES = tl.constexpr(16), tl.constexpr(31)
 
 
-@triton.jit
+@kernel
 def score_recent_kernel(
     query, ring_pages,  # the step's queries; the cache, whose last slots hold earlier query rows
     rows,  # out [L, I, H, ROWS, D]: query rows of every event instance
@@ -31,9 +30,10 @@ def score_recent_kernel(
     instances,  # int32 [I, INSTANCES]
     requests, headers,
     pages, layer_offsets, table,
-    s_query, s_query_head, s_ring_page, s_ring_head, s_ring_slot,
-    s_page, s_head, s_slot, s_table,
-    scale, heads, count, heavy, score_width,
+    s_query: tl.int32, s_query_head: tl.int32, s_ring_page: tl.int64, s_ring_head: tl.int64,
+    s_ring_slot: tl.int32,
+    s_page: tl.int64, s_head: tl.int64, s_slot: tl.int32, s_table: tl.int32,
+    scale, heads: tl.int32, count: tl.int32, heavy: tl.int32, score_width: tl.int32,
     D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, RING_BLOCK: tl.constexpr, HAS_NEW: tl.constexpr,
 ):  # fmt: skip
@@ -62,14 +62,16 @@ def score_recent_kernel(
     m_ring = o_r < kept
     ring = tl.load(request + columns.RING).to(tl.int32)
     p_ring = slot_rows(
-        tl.where(m_ring, ring + o_r // 2, 0), ring_pages + layer_offset + i_head * s_ring_head,
-        p_table, s_ring_page, s_ring_slot, RING_BLOCK,
+        tl.where(m_ring, ring + o_r // 2, 0),
+        ring_pages + layer_offset + i_head * wide(s_ring_head), p_table, s_ring_page, s_ring_slot,
+        RING_BLOCK,
     )  # fmt: skip
     p_ring += (o_r % 2) * D
     b_q = tl.load(p_ring[:, None] + o_d[None, :], mask=m_ring[:, None] & m_d[None, :], other=0.0)
     if HAS_NEW:
         i_token = (tl.load(instance + 3) + o_r).to(tl.int64)
-        p_query = query + i_token * s_query + i_head * GROUP * s_query_head
+        p_query = query + i_token * wide(s_query)
+        p_query += i_head * GROUP * wide(s_query_head)
         b_mean = group_mean(p_query, o_r >= kept, s_query_head, o_d, m_d, GROUP, b_q.dtype)
         b_q = tl.where(m_ring[:, None], b_q, b_mean)
     i_row = ((i_layer * count + i_instance).to(tl.int64) * heads + i_head) * ROWS
@@ -101,15 +103,15 @@ def score_recent_kernel(
 @triton.jit
 def score_stored(
     b_q, p_virtual, p_bias, p_slots, p_table, s_page, s_slot, p_score, p_part, scale, member,
-    stored, sinks, heavy,
+    team, stored, sinks, heavy,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
-    TEAM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """A member's share of the stored slots: scores of the heavy hitters, and for each of its slices
     (every SLICES-th tile) the maximum and sum of exponentials, [SLICES, 2, ROWS] at p_part."""
     o_r, o_d, o_n = tl.arange(0, ROWS), tl.arange(0, D_PAD), tl.arange(0, BLOCK)
     m_d = o_d < D
-    for i_slice in range(member, SLICES, TEAM):
+    for i_slice in range(member, SLICES, team):
         b_peak = tl.full([ROWS, BLOCK], LOW, tl.float32)
         b_total = tl.zeros([ROWS, BLOCK], tl.float32)
         for first in range(i_slice * BLOCK, stored, SLICES * BLOCK):
@@ -139,71 +141,99 @@ def score_stored(
 
 @triton.jit
 def choose_heavy(
-    p_score, p_part, p_near, p_near_total, p_mass, p_virtual, recent, stored, incoming, sinks,
+    p_score, p_part, p_near, p_near_total, p_bits, p_virtual, recent, stored, incoming, sinks,
     heavy, C: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """Rewrite the virtual ids of the heavy hitters and of the candidates that join the coreset."""
+    """Rewrite the virtual ids of the heavy hitters and of the candidates that join the coreset.
+
+    The first C candidates' masses stay in registers; those of further ones go to p_bits.
+    """
     o_r, o_s, o_c = tl.arange(0, ROWS), tl.arange(0, SLICES), tl.arange(0, C)
-    m_c = o_c < heavy + incoming
+    candidates = heavy + incoming
     p_here = p_part + o_s[None, :] * (2 * ROWS) + o_r[:, None]
     b_tops, b_sums = tl.load(p_here), tl.load(p_here + ROWS)
     b_near, b_near_total = tl.load(p_near + o_r), tl.load(p_near_total + o_r)
-    b_candidate = tl.load(p_virtual + sinks + o_c, mask=o_c < heavy, other=0)
-    b_candidate = tl.where(o_c < heavy, b_candidate, stored + o_c - heavy + recent)
     b_most = tl.maximum(tl.max(b_tops, 1), b_near)
     b_sum = tl.sum(b_sums * tl.exp(b_tops - b_most[:, None]), 1)
     b_share = 1.0 / (b_sum + b_near_total * tl.exp(b_near - b_most))
-    if C <= _CHUNK:
-        b_mass = masses(p_score, 0, b_most, b_share, heavy + incoming, C)
-    else:
-        for first in tl.static_range(0, C, _CHUNK):
-            b_mass = masses(p_score, first, b_most, b_share, heavy + incoming, _CHUNK)
-            tl.store(p_mass + first + tl.arange(0, _CHUNK), b_mass)
+    b_bits = mass_bits(p_score, 0, b_most, b_share, candidates, C)
+    for first in range(C, candidates, C):
+        b_more = mass_bits(p_score, first, b_most, b_share, candidates, C)
+        tl.store(p_bits + first + o_c, b_more)
+    tl.debug_barrier()
+    threshold, count = largest(b_bits, p_bits, candidates, heavy, C)
+    # Ties at the threshold: the lower candidates stay.
+    room = heavy
+    if count != heavy:
+        room -= tl.sum((b_bits > threshold).to(tl.int32), 0)
+        for first in range(C, candidates, C):
+            room -= tl.sum((tl.load(p_bits + first + o_c) > threshold).to(tl.int32), 0)
+    tied = room * 0
+    kept = tied
+    for first in range(0, candidates, C):
+        if first > 0:
+            b_bits = tl.load(p_bits + first + o_c)
+        i_candidate = first + o_c
+        b_entry = tl.load(p_virtual + sinks + i_candidate, mask=i_candidate < heavy, other=0)
+        b_entry = tl.where(i_candidate < heavy, b_entry, stored + i_candidate - heavy + recent)
+        b_keep = (b_bits >= threshold).to(tl.int32)
+        if count != heavy:
+            b_tied = (b_bits == threshold).to(tl.int32)
+            b_late = tied + tl.cumsum(b_tied, 0) > room
+            b_keep = tl.where((b_tied != 0) & b_late, 0, b_keep)
+            tied += tl.sum(b_tied, 0)
+        b_rank = kept + tl.cumsum(b_keep, 0)  # kept up to and with this candidate
+        kept += tl.sum(b_keep, 0)
+        b_target = tl.where(b_keep != 0, sinks + b_rank - 1, stored + i_candidate - b_rank)
+        # A candidate moves down among the heavy hitters, or behind all of them.
         tl.debug_barrier()
-        b_mass = tl.load(p_mass + o_c)
-    # Non-negative floats sort as their bits do.
-    b_bits = b_mass.to(tl.int32, bitcast=True)
-    b_bits = tl.where(m_c, b_bits, -1)
-    threshold, count = largest(b_bits, heavy)
-    b_keep = (b_bits >= threshold).to(tl.int32)
-    if count != heavy:  # ties at the threshold: the lower candidates stay
-        b_tied = (b_bits == threshold).to(tl.int32)
-        above = count - tl.sum(b_tied, 0)
-        b_keep = tl.where((b_tied != 0) & (tl.cumsum(b_tied, 0) > heavy - above), 0, b_keep)
-    b_rank = tl.cumsum(b_keep, 0)  # kept up to and with this candidate
-    b_target = tl.where(b_keep != 0, sinks + b_rank - 1, stored + o_c - b_rank)
-    tl.store(p_virtual + b_target, b_candidate, mask=m_c)
+        tl.store(p_virtual + b_target, b_entry, mask=i_candidate < candidates)
     tl.debug_barrier()
 
 
 @triton.jit
-def masses(p_score, first, b_most, b_share, count, N: tl.constexpr):
-    """Attention mass of candidates [first, first + N)."""
-    i_candidate = first + tl.arange(0, N)
+def mass_bits(p_score, first, b_most, b_share, count, C: tl.constexpr):
+    """Attention masses of candidates [first, first + C) as int32, -1 for absent ones.
+
+    Non-negative floats sort as their bits do.
+    """
+    i_candidate = first + tl.arange(0, C)
     p_mine = p_score + i_candidate[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
     b_mine = tl.load(p_mine, mask=(i_candidate < count)[:, None], other=LOW)
-    return tl.sum(tl.exp(b_mine - b_most[None, :]) * b_share[None, :], 1)
+    b_mass = tl.sum(tl.exp(b_mine - b_most[None, :]) * b_share[None, :], 1)
+    return tl.where(i_candidate < count, b_mass.to(tl.int32, bitcast=True), -1)
 
 
 @triton.jit
-def largest(b_bits, heavy):
-    """A threshold t with as many of int32 [C] at or above it as `heavy` asks, and that count.
+def largest(b_bits, p_bits, candidates, heavy, C: tl.constexpr):
+    """A threshold t with as many masses at or above it as `heavy` asks, and that count.
 
-    Entries are non-negative, -1 marks absent ones.  Four bits of t are found at a time.  It ends as
-    soon as the count is met; if ties prevent that, t is the `heavy`-th largest entry and the count
-    is larger.
+    b_bits: the first C candidates; p_bits: all others.  The first pass finds t's octave, if it lies
+    in [2^-13, 2), further ones four bits of t at a time.  It ends as soon as the count is met; if
+    ties prevent that, t is the `heavy`-th largest entry and the count is larger.
     """
+    o_c, o_try = tl.arange(0, C), tl.arange(0, _TRIES)
     threshold = tl.full([], 0, tl.int32)
-    count = tl.sum((b_bits >= 0).to(tl.int32), 0)
-    shift = tl.full([], 28, tl.int32)
-    o_try = tl.arange(0, _TRIES)
+    count = candidates + threshold
+    shift = tl.full([], _OCTAVES, tl.int32)
+    b_try = tl.where(o_try > 0, (113 + o_try) << 23, 0)
     while (count != heavy) & (shift >= 0):
-        # The highest bit of all is the sign: seven thresholds are left at the first pass.
-        m_try = (o_try < 8) | (shift < 28)
-        b_try = threshold + tl.where(m_try, o_try << shift, 0)
         b_count = tl.sum((b_bits[:, None] >= b_try[None, :]).to(tl.int32), 0)
-        b_enough = m_try & (b_count >= heavy)
-        threshold += (tl.sum(b_enough.to(tl.int32), 0) - 1) << shift
-        count = tl.min(tl.where(b_enough, b_count, 1 << 30), 0)
-        shift -= 4
+        for first in range(C, candidates, C):
+            b_more = tl.load(p_bits + first + o_c)
+            b_count += tl.sum((b_more[:, None] >= b_try[None, :]).to(tl.int32), 0)
+        # The last try that enough masses reach: counts fall along the tries.
+        b_key = tl.where(b_count >= heavy, (b_count + 1) * _TRIES - 1 - o_try, 1 << 30)
+        key = tl.min(b_key, 0)
+        count = key // _TRIES
+        i_try = _TRIES - 1 - key % _TRIES
+        octave = tl.where(i_try > 0, (113 + i_try) << 23, 0)
+        inside = (i_try > 0) & (i_try < _TRIES - 1)
+        octave = tl.where(inside | (count == heavy), octave, 0)
+        threshold += tl.where(shift == _OCTAVES, octave, i_try << shift)
+        # The last bits of an octave are tried together with known ones.
+        following = tl.where(shift > 0, tl.maximum(shift - 4, 0), -1)
+        shift = tl.where(shift == _OCTAVES, tl.where(inside, 19, 28), following)
+        b_try = threshold + (o_try << tl.maximum(shift, 0))
+        b_try = tl.where((o_try < 8) | (shift < 28), b_try, 0x7FFFFFFF)
     return threshold, count

@@ -7,19 +7,19 @@ several plans.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 
 from express_vllm.layout import RING_ROWS, Layout
 
-from . import plan
+from . import constants, plan
 from .compaction import compact_kernel
-from .halving import EXPONENTIAL, GAUSSIAN
+from .constants import QUERY_ROWS, SLICES, Model
 from .launch import launch
 from .pages import (
     append_kernel,
@@ -31,13 +31,13 @@ from .plan import EventTables, stored_after, tables_for
 from .prefill import prefill_kernel, wait_started_kernel
 from .selection import score_recent_kernel
 
-#: Rows of a query tile: tokens times query heads of a KV head.
-QUERY_ROWS = 128
-#: Slices of an event's stored slots; a team has at most as many members.
-SLICES = 4
-#: Bytes of the keys that one batch of pair differences reads.
-_OPERAND = 32 << 10
 _LOG2E = 1.4426950408889634
+#: Bytes of scratch that a decode step's compaction takes for some layers, and for moving pages.
+_SCRATCH, _SPARE = 96 << 20, 64 << 20
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 @dataclass
@@ -72,6 +72,20 @@ class StepPlan:
     lists: int
     width: int  # of a list: stored slots
     incoming: int  # incoming tokens of the layout's first event if the step has it
+    memory: dict[Any, Any] = field(default_factory=dict)  # scratch that all layers use in turn
+
+    def kept(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once: layers run one after the other."""
+        found = self.memory.get(key)
+        if found is None:
+            found = self.memory[key] = make()
+        return found
+
+    @property
+    def candidates(self) -> int:
+        """Scores that an event has room for."""
+        shape = self.tables.layout.shape
+        return _cdiv(shape.heavy + max(self.incoming, shape.interval), 16) * 16
 
     @classmethod
     def make(
@@ -182,7 +196,9 @@ class Tuning:
     team: int = 0  # programs that share one layer, request and KV head; 0: as `programs` allow
     programs: int = 264  # persistent programs of one launch: more work waits for its turn
     warps: int = 8
-    stages: int = 3
+
+
+_USUAL = Tuning()
 
 
 @dataclass
@@ -196,6 +212,18 @@ class Scores:
     peak: Tensor
     total: Tensor
 
+    @classmethod
+    def make(cls, step: StepPlan, heads: int, size: int, layers: int, dtype: torch.dtype) -> Scores:
+        options: Any = {"dtype": torch.float32, "device": step.requests.device}
+        if not step.tables.layout.shape.heavy:
+            none = torch.empty(1, **options)
+            return cls(none.to(dtype), none, none, none)
+        leading = (layers, len(step.instances), heads)
+        rows = torch.empty(*leading, RING_ROWS, size, dtype=dtype, device=step.requests.device)
+        score = torch.empty(*leading, step.candidates, RING_ROWS, **options)
+        peak, total = torch.empty(2, *leading, RING_ROWS, **options)
+        return cls(rows, score, peak, total)
+
 
 @dataclass
 class Progress:
@@ -206,102 +234,122 @@ class Progress:
     programs: int
 
 
+@dataclass
+class Work:
+    """Scratch of a step's compaction, how it is shared out, and its lists."""
+
+    team: int
+    tasks: int
+    lists: Tensor  # int32 [L, lists, KV heads, width]
+    virtual: Tensor
+    scratch: Tensor
+    shared: Tensor
+    progress: Progress
+
+    @classmethod
+    def make(cls, step: StepPlan, model: Model, heads: int, layers: int, tuning: Tuning,
+             paged: bool) -> Work:  # fmt: skip
+        tables, device = step.tables, step.requests.device
+        tasks = layers * step.count * heads
+        team = 1 if paged else team_size(tasks, tables.width, tuning, device)
+        teams = min(tasks, tuning.programs // team)
+        pairs = plan.TILE_POINTS // 2
+        halvings = constants.HALVINGS if paged and not constants.is_long(tables.layout.shape) else 1
+        signs = _cdiv(tables.longest, 2 * pairs) * pairs
+        scratch_width, virtual_width = (
+            _cdiv(n, 64) * 64
+            for n in (
+                halvings * pairs * (pairs + 2) + model.padded + step.candidates + 512 + signs,
+                max(tables.virtual, 1),
+            )
+        )
+        i32: Any = {"dtype": torch.int32, "device": device}
+        f32: Any = {"dtype": torch.float32, "device": device}
+        before = _cdiv(1 + teams, 4) * 4  # pointers keep their alignment
+        counters = torch.zeros(before + step.count * heads, **i32)
+        return cls(
+            team, tasks, torch.empty(layers, step.lists, heads, step.width, **i32),
+            torch.empty(teams * team, 2 * virtual_width, **i32),
+            torch.empty(teams * team, scratch_width, **f32),
+            torch.empty(teams, 4 * RING_ROWS * SLICES + 2 * virtual_width, **f32),
+            Progress(counters, counters[before:], teams * team),
+        )  # fmt: skip
+
+
 def score_recent(
     step: StepPlan, query: Tensor | None, kv_cache: Tensor, source: Source, layers: int,
     scale: float, group: int,
 ) -> Scores:  # fmt: skip
-    heads, block_size, size = kv_cache.shape[1], kv_cache.shape[2], kv_cache.shape[3] // 2
-    shape, instances, device = step.tables.layout.shape, len(step.instances), kv_cache.device
-    if not shape.heavy:
-        none = torch.empty(1, dtype=torch.float32, device=device)
-        return Scores(none.to(kv_cache.dtype), none[None, None], none, none)
-    candidates = triton.cdiv(shape.heavy + max(step.incoming, shape.interval), 16) * 16
-    leading = (layers, instances, heads)
-    rows = torch.empty(*leading, RING_ROWS, size, dtype=kv_cache.dtype, device=device)
-    score = torch.empty(*leading, candidates, RING_ROWS, dtype=torch.float32, device=device)
-    peak, total = torch.empty(2, *leading, RING_ROWS, dtype=torch.float32, device=device)
-    padded = triton.next_power_of_2(size)
+    heads, size = kv_cache.shape[1], kv_cache.shape[3] // 2
+    scores = step.kept(
+        ("scores", layers), lambda: Scores.make(step, heads, size, layers, kv_cache.dtype)
+    )
+    heavy = step.tables.layout.shape.heavy
+    if not heavy:
+        return scores
     queries = kv_cache if query is None else query
+    variant = constants.recent_scores(model_of(kv_cache, group), query is None)
     launch(
-        score_recent_kernel, (instances, heads, layers),
+        score_recent_kernel, (len(step.instances), heads, layers),
         (
-            queries, kv_cache, rows, score, peak, total, step.instances, step.requests,
-            step.tables.headers, *source.arguments(), *queries.stride()[:2],
-            *kv_cache.stride()[:3], *source.strides, source.table.stride(0), scale, heads,
-            instances, shape.heavy, candidates,
+            queries, kv_cache, scores.rows, scores.score, scores.peak, scores.total,
+            step.instances, step.requests, step.tables.headers, *source.arguments(),
+            *queries.stride()[:2], *kv_cache.stride()[:3], *source.strides, source.table.stride(0),
+            scale, heads, len(step.instances), heavy, step.candidates,
         ),
-        (size, padded, group, 64 if padded > 128 else 128, source.block_size, block_size,
-         query is not None),
-        warps=4, stages=2,
+        **variant.options,
     )  # fmt: skip
-    return Scores(rows, score, peak, total)
+    return scores
 
 
 def compact(
-    step: StepPlan, scores: Scores, source: Source, heads: int, size: int, layer_ids: Tensor,
+    step: StepPlan, scores: Scores, source: Source, heads: int, model: Model, layer_ids: Tensor,
     first_head: int, scale: float, first_layer: int = 0, tuning: Tuning | None = None,
-    kernel: str | None = None, stream: torch.cuda.Stream | None = None,
+    stream: torch.cuda.Stream | None = None,
 ) -> tuple[Tensor, Progress]:  # fmt: skip
     """Run a step's events -> lists of kept source indices, int32 [L, lists, KV heads, width].
 
     layer_ids int64 [L] plus `first_layer` feed the random bits, as does the global index of the
-    first KV head.  `stream`: where to run, if not where memory is taken from.
+    first KV head.  `stream`: where to run, if not where memory is taken from.  The lists lie in the
+    step's memory: the next call overwrites them.
     """
-    tuning = tuning or Tuning()
-    layers, padded = len(layer_ids), triton.next_power_of_2(size)
-    shape, tables, device = step.tables.layout.shape, step.tables, source.pages.device
-    kind = kernel or ("exponential" if shape.schedule == "paper" else "gaussian")
-    pairs = tables.pairs
-    tiles = max(1, triton.cdiv(tables.longest, 2 * pairs))
-    tasks = layers * step.count * heads
-    team = team_size(tasks, tables.width, tuning, device)
-    teams = min(tasks, tuning.programs // team)
-    group = triton.cdiv(tables.width, team)
-    together = max(1, min(group, _OPERAND // (2 * pairs * padded * source.pages.element_size())))
-    columns, first_columns = (
-        triton.next_power_of_2(max(shape.heavy + n, 256)) if shape.heavy else 16
-        for n in (shape.interval, step.incoming)
-    )
-    scratch_width = group * pairs * (pairs + 2 + tiles) + padded + max(columns, first_columns)
-    scratch_width, virtual_width = (
-        triton.cdiv(n, 64) * 64 for n in (scratch_width, max(tables.virtual, 1))
-    )
-    shared_width = 4 * RING_ROWS * SLICES + 2 * virtual_width
-    i32 = {"dtype": torch.int32, "device": device}
-    lists = torch.empty(layers, step.lists, heads, step.width, **i32)
-    virtual = torch.empty(teams * team, 2 * virtual_width, **i32)
-    scratch = torch.empty(teams * team, scratch_width, dtype=torch.float32, device=device)
-    shared = torch.empty(teams, shared_width, dtype=torch.float32, device=device)
-    counters = torch.zeros(1 + teams + step.count * heads, **i32)
-    progress = Progress(counters, counters[1 + teams :], teams * team)
+    tuning = tuning or _USUAL
+    layers, paged = len(layer_ids), source.block_size > 0
+    shape, tables = step.tables.layout.shape, step.tables
+    key = ("work", layers, tuning.team, tuning.programs)
+    work = step.memory.get(key)
+    if work is None:
+        work = step.memory[key] = Work.make(step, model, heads, layers, tuning, paged)
+    else:
+        work.progress.counters.zero_()
+    variant = constants.compaction(shape, model, paged)
     if stream:
         stream.wait_stream(torch.cuda.current_stream())
     launch(
-        compact_kernel, (teams * team,),
+        compact_kernel, (work.progress.programs,),
         (
             step.requests, tables.headers, tables.rounds, tables.ops, tables.ids, tables.bias,
-            scores.rows, scores.score, scores.peak, scores.total, *source.arguments(), lists,
-            scratch, virtual, shared, counters, progress.lists,
-            source.value, *source.strides, source.table.stride(0), scale, size**-0.5,
-            tasks, step.count, heads, first_head, first_layer, layer_ids, shape.sinks, shape.heavy,
-            len(step.instances), step.lists, step.width, scores.score.shape[-2], scratch_width,
-            virtual_width, shared_width,
+            scores.rows, scores.score, scores.peak, scores.total, *source.arguments(), work.lists,
+            work.scratch, work.virtual, work.shared, work.progress.counters, work.progress.lists,
+            source.value, *source.strides, source.table.stride(0), scale, model.size**-0.5,
+            work.tasks, step.count, heads, first_head, first_layer, layer_ids, shape.sinks,
+            shape.heavy, len(step.instances), step.lists, step.width, step.candidates,
+            work.scratch.shape[1], work.virtual.shape[1] // 2, work.shared.shape[1], work.team,
         ),
-        (
-            size, padded, columns, first_columns, team, SLICES, 64 if padded > 128 else 128, group,
-            together, pairs,
-            min(pairs, 32), tiles, source.block_size, shape.heavy > 0,
-            EXPONENTIAL if kind == "exponential" else GAUSSIAN, 2048, layers == 1,
-        ),
-        warps=tuning.warps, stages=tuning.stages, stream=stream,
+        variant.constants, warps=tuning.warps, stages=variant.stages, stream=stream,
     )  # fmt: skip
-    return lists, progress
+    return work.lists, work.progress
+
+
+def model_of(kv_cache: Tensor, group: int) -> Model:
+    """kv_cache [blocks, KV heads, block size, 2 d]."""
+    return Model(kv_cache.shape[3] // 2, group, kv_cache.element_size(), kv_cache.shape[2])
 
 
 def team_size(tasks: int, width: int, tuning: Tuning, device: torch.device) -> int:
     """Programs of a team.  All programs of a launch must be on the device together, since members
     wait for each other; a round has `width` halvings to share out."""
-    if device.type != "cuda" or width == 1:
+    if device.type != "cuda":  # the interpreter runs one program after the other
         return 1
     if tuning.team:
         return tuning.team
@@ -325,12 +373,13 @@ def run_chunks(
     """
     source = chunk_source(step, key, value, kv_cache, table)
     heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    model = model_of(kv_cache, group)
     progress = None
     if step.events:
         scores = score_recent(step, query, kv_cache, source, 1, scale, group)
         lists, progress = compact(
-            step, scores, source, heads, key.shape[2], source.layer_offsets, first_head, scale,
-            layer, tuning, stream=side,
+            step, scores, source, heads, model, source.layer_offsets, first_head, scale, layer,
+            tuning, side,
         )  # fmt: skip
     else:
         lists = identity_lists(step, heads, query.device)
@@ -354,8 +403,12 @@ def run_pipelined(
 
 def identity_lists(step: StepPlan, heads: int, device: torch.device) -> Tensor:
     """Lists of a step without events: every stored slot is where it was."""
-    row = torch.arange(step.width, dtype=torch.int32, device=device)
-    return row.expand(1, step.lists, heads, step.width).contiguous()
+
+    def make() -> Tensor:
+        row = torch.arange(step.width, dtype=torch.int32, device=device)
+        return row.expand(1, step.lists, heads, step.width).contiguous()
+
+    return step.kept("identity", make)
 
 
 def chunk_source(
@@ -366,48 +419,42 @@ def chunk_source(
     One dense page a request keeps addresses simple; the copy is a hundredth of a chunk's attention.
     Where no request holds old slots, the step's own tensors serve.
     """
-    heads, block_size, width = kv_cache.shape[1:]
-    zero = step.zero
+    heads, _, width = kv_cache.shape[1:]
+    zero, model = step.zero, model_of(kv_cache, 1)
     if not step.old and key.stride() == value.stride() and key.dtype == kv_cache.dtype:
         value_offset = (value.data_ptr() - key.data_ptr()) // key.element_size()
-        return Source(key, (0, key.stride(1), key.stride(0)), value_offset, zero, table, 0)
-    dense = torch.empty(
-        step.count, heads, step.sources, width, dtype=kv_cache.dtype, device=key.device
+        strides = (0, key.stride(1), key.stride(0))
+        if not any(n % 16 for n in (value_offset, *strides)):
+            return Source(key, strides, value_offset, zero, table, 0)
+    dense = step.kept(
+        "dense",
+        lambda: torch.empty(
+            step.count, heads, step.sources, width, dtype=kv_cache.dtype, device=key.device
+        ),
     )
-    padded = triton.next_power_of_2(width // 2)
     if step.old:
         launch(
-            gather_kernel, (step.count, heads, triton.cdiv(step.old, 32)),
+            gather_kernel, (step.count, heads, _cdiv(step.old, constants.MOVED)),
             (
                 kv_cache, table, step.requests, dense, *kv_cache.stride()[:3], table.stride(0),
                 heads, dense.shape[2],
             ),
-            (width // 2, padded, 32, block_size), warps=4,
+            **constants.gather(model).options,
         )  # fmt: skip
     launch(
-        append_kernel, (triton.cdiv(step.tokens, 32), heads, step.count),
+        append_kernel, (_cdiv(step.tokens, constants.MOVED), heads, step.count),
         (
             key, value, step.requests, dense, *key.stride()[:2], *value.stride()[:2], heads,
             dense.shape[2],
         ),
-        (width // 2, padded, 32), warps=4,
+        **constants.append(model).options,
     )  # fmt: skip
     return Source(dense, dense.stride()[:3], width // 2, zero, table, 0)
 
 
-def _attention_tile(padded: int, itemsize: int) -> tuple[int, int, int | None]:
-    """Slots of a tile, pipeline stages and registers, so that operands fit a multiprocessor's
-    shared memory (227 KiB)."""
-    for block, stages in ((64, 3), (64, 2), (32, 2), (16, 2)):
-        if (QUERY_ROWS + 2 * stages * block) * padded * itemsize <= 224 << 10:
-            return block, stages, None
-    raise ValueError(f"a head size of {padded} does not fit attention's query tile")
-
-
 def attend_chunks(
     step: StepPlan, query: Tensor, source: Source, lists: Tensor, scale: float, output: Tensor,
-    progress: Progress | None = None, block: int = 0, warps: int = 8, stages: int = 0,
-    registers: int | None = None, rows: int = QUERY_ROWS,
+    progress: Progress | None = None, variant: constants.Launch | None = None,
 ) -> None:  # fmt: skip
     """Every token's attention over the state valid at its position, one launch.
 
@@ -416,8 +463,9 @@ def attend_chunks(
     if not len(step.items):
         return
     heads, size = lists.shape[2], query.shape[2]
-    padded = triton.next_power_of_2(size)
-    usual_block, usual_stages, usual_registers = _attention_tile(padded, query.element_size())
+    if variant is None:
+        model = Model(size, query.shape[1] // heads, query.element_size(), 0)
+        variant = constants.prefill(model)
     if progress:
         launch(wait_started_kernel, (1,), (progress.counters, progress.programs), warps=1)
     launch(
@@ -426,9 +474,9 @@ def attend_chunks(
             query, source.pages, step.items, step.requests, lists, step.tables.bias,
             progress.lists if progress else lists, output, *query.stride()[:2],
             *output.stride()[:2], source.value, *source.strides, scale * _LOG2E, heads, step.width,
+            int(progress is not None),
         ),
-        (query.shape[1] // heads, size, padded, rows, block or usual_block, progress is not None),
-        warps=warps, stages=stages or usual_stages, registers=registers or usual_registers,
+        **variant.options,
     )  # fmt: skip
 
 
@@ -436,50 +484,77 @@ def store_state(
     step: StepPlan, query: Tensor, source: Source, lists: Tensor, kv_cache: Tensor, table: Tensor
 ) -> None:
     """Write the state after the step, and the next event's query rows, to the pages."""
-    heads, block_size, width = kv_cache.shape[1:]
+    heads = kv_cache.shape[1]
+    model = model_of(kv_cache, query.shape[1] // heads)
     launch(
-        scatter_kernel, (step.count, heads, max(1, triton.cdiv(step.final, 32))),
+        scatter_kernel, (step.count, heads, max(1, _cdiv(step.final, constants.MOVED))),
         (
             kv_cache, source.pages, table, step.requests, lists, query, *kv_cache.stride()[:3],
             table.stride(0), *source.strides, source.value, *query.stride()[:2], heads, step.width,
         ),
-        (width // 2, triton.next_power_of_2(width // 2), query.shape[1] // heads, 32, block_size),
-        warps=4,
+        **constants.scatter(model).options,
     )  # fmt: skip
-
-
-#: Bytes of a row that one unit of a move handles: small enough that its rows stay in L2.
-_MOVE_COLUMNS = 64
 
 
 def compact_pages(
     step: StepPlan, kv_cache: Tensor, layer_offsets: Tensor, layer_ids: Tensor, table: Tensor,
     first_head: int, scale: float, group: int, tuning: Tuning | None = None,
-) -> Tensor:  # fmt: skip
+) -> None:  # fmt: skip
     """Run the events of a `compacting` step for all layers and rewrite the pages in place.
 
     kv_cache: the first layer's pages; layer_offsets int64 [L]: element offsets of every layer's
-    pages from it; layer_ids int64 [L]: global layer indices.  Returns the lists.
+    pages from it; layer_ids int64 [L]: global layer indices.  As many layers at a time as scratch
+    has room for.
     """
-    layers, heads, columns = len(layer_offsets), kv_cache.shape[1], kv_cache.shape[3]
-    source = Source(
-        kv_cache, kv_cache.stride()[:3], columns // 2, layer_offsets, table, kv_cache.shape[2]
-    )
-    scores = score_recent(step, None, kv_cache, source, layers, scale, group)
-    lists, _ = compact(
-        step, scores, source, heads, columns // 2, layer_ids, first_head, scale, tuning=tuning
-    )
-    units = layers * step.count * heads * triton.cdiv(columns, _MOVE_COLUMNS)
-    programs = min(units, 1056)
-    spare = torch.empty(
-        programs, step.final, _MOVE_COLUMNS, dtype=kv_cache.dtype, device=kv_cache.device
-    )
-    launch(
-        move_kernel, (programs,),
-        (
-            kv_cache, layer_offsets, table, step.requests, lists, spare, *kv_cache.stride()[:3],
-            table.stride(0), units, step.count, heads, step.lists, step.width, step.final,
-        ),
-        (columns, _MOVE_COLUMNS, 64, kv_cache.shape[2]), warps=4,
-    )  # fmt: skip
-    return lists
+    heads, size, model = kv_cache.shape[1], kv_cache.shape[3] // 2, model_of(kv_cache, group)
+    scored = len(step.instances) * RING_ROWS * (4 * step.candidates + model.itemsize * size)
+    a_layer = heads * (scored + 4 * step.lists * step.width)
+    some = max(2, _SCRATCH // a_layer // 2 * 2)  # even, so that pointers keep their alignment
+    for first in range(0, len(layer_offsets), some):
+        offsets, ids = layer_offsets[first : first + some], layer_ids[first : first + some]
+        source = Source(kv_cache, kv_cache.stride()[:3], size, offsets, table, model.block_size)
+        scores = score_recent(step, None, kv_cache, source, len(ids), scale, group)
+        lists, _ = compact(
+            step, scores, source, heads, model, ids, first_head, scale, tuning=tuning
+        )
+        units = len(ids) * step.count * heads * _cdiv(2 * size, constants.MOVE_COLUMNS)
+        bytes_ = step.final * constants.MOVE_COLUMNS * model.itemsize
+        programs = min(units, 1056, max(1, _SPARE // bytes_))
+        spare = step.kept(
+            ("spare", programs),
+            lambda n=programs: torch.empty(
+                n, step.final, constants.MOVE_COLUMNS, dtype=kv_cache.dtype, device=kv_cache.device
+            ),
+        )
+        launch(
+            move_kernel, (programs,),
+            (
+                kv_cache, offsets, table, step.requests, lists, spare, *kv_cache.stride()[:3],
+                table.stride(0), units, step.count, heads, step.lists, step.width, step.final,
+            ),
+            **constants.move(model).options,
+        )  # fmt: skip
+
+
+def warm_up(
+    layout: Layout, heads: int, group: int, size: int, dtype: torch.dtype, block_size: int,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Compile what any step of any budget of this layout's kind launches: run a made-up request."""
+    shape = layout.shape
+    count = shape.first_event + shape.interval
+    blocks = _cdiv(shape.slots, block_size)
+    options: Any = {"dtype": dtype, "device": device}
+    cache = torch.zeros(blocks, heads, block_size, 2 * size, **options)
+    table = torch.arange(blocks, dtype=torch.int32, device=device)[None]
+    query = torch.ones(count, heads * group, size, **options)
+    key, value = torch.ones(2, count, heads, size, **options)
+    output = torch.empty_like(query)
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    scale, zero = size**-0.5, torch.zeros(1, dtype=torch.int64, device=device)
+    for start, stop in ((0, count - 2), (count - 2, count)):
+        chunk = StepPlan.make(layout, [Chunk(start, stop)], group, device)
+        rows = (x[start:stop] for x in (query, key, value))
+        run_chunks(chunk, *rows, cache, table, 0, 0, scale, output[start:stop], side=side)
+    event = StepPlan.make(layout, [Chunk(count, count + 1)], group, device, compacting=True)
+    compact_pages(event, cache, zero, zero, table, 0, scale, group)
