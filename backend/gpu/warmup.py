@@ -13,6 +13,7 @@ from express_vllm.platforms.common import server_config
 
 from ..kernels.step import Chunk, StepPlan, compact_pages, run_chunks
 from .metadata import LayerGroup
+from .path import side_stream
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -49,7 +50,10 @@ def _run(layers: LayerGroup, shape: Shape, device: torch.device) -> None:
 
     def chunk(layout: Layout, start: int, stop: int) -> None:
         plan = StepPlan.make(layout, [Chunk(start, stop)], layers.group, device)
-        run_chunks(plan, query, key, value, cache, table, 0, 0, layers.scale, output)
+        run_chunks(
+            plan, query, key, value, cache, table, 0, 0, layers.scale, output,
+            side=side_stream(device),
+        )  # fmt: skip
 
     layout = layout_for(shape)
     chunk(layout_for(EXACT_SHAPE), 0, min(64, count))
