@@ -50,9 +50,13 @@ def used(usage):
 
 def test_completions_report_what_the_cache_held(server, client, long_prompt):
     """The same numbers as the engine's own blocks and metrics."""
-    before = {
-        n: server.metric(f"vllm:express_{n}") for n in ("peak_slots_sum", "compactions_total")
-    }
+    names = (
+        "peak_slots_sum",
+        "compactions_total",
+        "tokens_thinned_total",
+        "compaction_seconds_sum",
+    )
+    before = {name: server.metric(f"vllm:express_{name}") for name in names}
     done, seen = threading.Event(), []
     watcher = threading.Thread(target=watch, args=(server, done, seen))
     watcher.start()
