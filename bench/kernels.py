@@ -28,7 +28,7 @@ GROUP, SCALE, BLOCK = HEADS // KV_HEADS, SIZE**-0.5, 16
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 #: Columns of the table; a row has a value for each, "-" where it does not apply.
 COLUMNS = (
-    "what", "kernel", "ms", "attention alone, ms", "compression's share", "events",
+    "what", "kernel", "ms", "one run, ms", "attention alone, ms", "compression's share", "events",
     "us an event", "TFLOP/s", "GB/s", "x FA2", "x cuDNN", "x FA3",
 )  # fmt: skip
 
@@ -37,8 +37,13 @@ def row(what: str, kernel: str, ms: float | str, **values: Any) -> dict[str, Any
     return {**dict.fromkeys(COLUMNS, "-"), "what": what, "kernel": kernel, "ms": ms, **values}
 
 
-def milliseconds(run: Callable[[], object], repeats: int = 5, warm: bool = True) -> float:
-    """Median device time of `run`, each run timed with events."""
+def milliseconds(
+    run: Callable[[], object], repeats: int = 5, warm: bool = True, together: int = 1
+) -> float:
+    """Median device time of `run` over `repeats` windows of `together` runs back to back.
+
+    A single short run measures how fast the host launches it; layers of a model follow each other.
+    """
     if warm:
         run()
     times = []
@@ -46,11 +51,19 @@ def milliseconds(run: Callable[[], object], repeats: int = 5, warm: bool = True)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         begin.record()
-        run()
+        for _ in range(together):
+            run()
         end.record()
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
+        times.append(begin.elapsed_time(end) / together)
     return statistics.median(times)
+
+
+def windows(count: int) -> tuple[int, int]:
+    """Windows and runs in each for prompts of `count` tokens, the same for every kernel."""
+    if count <= 32_768:
+        return 5, 20
+    return (4, 1) if count <= 200_000 else (2, 1) if count <= 600_000 else (1, 1)
 
 
 def random_tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +144,7 @@ def flash_attention_3() -> Callable[[Tensor, Tensor, Tensor], object]:
 def exact_rows(batch: tuple[Tensor, Tensor, Tensor]) -> list[dict]:
     """Exact causal attention by others' kernels; "-" and the reason where one is missing."""
     count = len(batch[0])
-    repeats = 4 if count <= 200_000 else 2 if count <= 600_000 else 1
+    repeats, together = windows(count)
     kernels: dict[str, Callable[[], Callable]] = {
         "FA2": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
         "cuDNN": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
@@ -141,7 +154,9 @@ def exact_rows(batch: tuple[Tensor, Tensor, Tensor]) -> list[dict]:
     for name, make in kernels.items():
         try:
             run = make()
-            time_ms: float | str = milliseconds(lambda r=run: r(*batch), repeats, repeats > 1)
+            time_ms: float | str = milliseconds(
+                lambda r=run: r(*batch), repeats, repeats > 1, together
+            )
         except (ImportError, RuntimeError) as reason:
             print(f"no {name} at {count} tokens: {str(reason).splitlines()[0]}", flush=True)
             time_ms = "-"
@@ -155,16 +170,19 @@ def express_row(
 ) -> dict:  # fmt: skip
     count, layout = len(batch[0]), layout_for(shape)
     prefill = Prefill(layout, batch, part or count)
-    total = milliseconds(prefill.run, 3)
+    repeats, together = windows(count)
+    total = milliseconds(prefill.run, max(repeats, 3), together=together)
+    single = milliseconds(prefill.run, 5 if together > 1 else 1, warm=False)
     assert bool(prefill.output.isfinite().all()), "an output was not written"
     states = prefill.compress()
-    alone = milliseconds(lambda: prefill.attend(states), 3, warm=False)
-    apart = milliseconds(prefill.compress, 3, warm=False)
+    alone = milliseconds(lambda: prefill.attend(states), 3, warm=False, together=together)
+    apart = milliseconds(prefill.compress, 3, warm=False, together=together)
     attended = sum(layout.live(n + 1) for n in range(count))
     return row(
         f"prefill {count}", name, total,
         **{
-            "attention alone, ms": alone, "compression's share": max(0.0, 1 - alone / total),
+            "one run, ms": single, "attention alone, ms": alone,
+            "compression's share": max(0.0, 1 - alone / total),
             "events": prefill.events, "us an event": 1e3 * apart / max(prefill.events, 1),
             "TFLOP/s": 4e-9 * attended * SIZE * HEADS / alone,
         },

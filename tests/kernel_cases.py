@@ -10,6 +10,7 @@ import triton.language as tl
 from express_vllm import rng
 from express_vllm.backend.kernels import decode, reference, step
 from express_vllm.backend.kernels.rows import event_key, mix
+from express_vllm.backend.kernels.selection import choose_heavy
 from express_vllm.backend.kernels.step import Chunk, StepPlan, Tuning
 from express_vllm.layout import RING_ROWS, Layout, make_shape
 from express_vllm.reference.cache import ExpressCache
@@ -169,6 +170,40 @@ def unpack_kernel(words, out):
         out, tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3),
         tl.load(words + 4), tl.load(words + 5), tl.load(words + 6),
     )  # fmt: skip
+
+
+@triton.jit
+def choose_kernel(
+    score, part, near, total, bits, virtual, recent, stored, incoming, sinks, heavy,
+    C: tl.constexpr,
+):  # fmt: skip
+    choose_heavy(
+        score, part, near, total, bits, virtual, recent, stored, incoming, sinks, heavy, C, 8
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("heavy", "incoming", "scale", "values"),
+    [(5, 20, 1.0, 100), (64, 600, 1.0, 3), (64, 600, 1e-9, 1000), (600, 500, 100.0, 9)],
+)
+def test_the_heaviest_candidates_stay_and_ties_keep_the_first(heavy, incoming, scale, values):
+    """Masses inside and outside the octaves of the first pass, more of them than registers hold."""
+    sinks, stored, recent, count = 4, heavy + 10, 1000, heavy + incoming
+    generator = torch.Generator().manual_seed(0)
+    mass = scale * torch.randint(1, values + 1, (count,), generator=generator).float()
+    score = (mass / RING_ROWS).log()[:, None].expand(count, RING_ROWS).contiguous()
+    part = torch.full((8, 2, RING_ROWS), -1e30)
+    part[:, 1] = 0.0
+    virtual = torch.arange(stored + incoming, dtype=torch.int32)
+    entries = torch.cat([virtual[sinks : sinks + heavy], torch.arange(incoming) + stored + recent])
+    near, total, bits = torch.zeros(RING_ROWS), torch.ones(RING_ROWS), torch.zeros(2048)
+    moved = [x.to(DEVICE) for x in (score, part, near, total, bits.int(), virtual)]
+    choose_kernel[(1,)](*moved, recent, stored, incoming, sinks, heavy, 512, num_warps=8)
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[mass.sort(descending=True, stable=True).indices[:heavy]] = True
+    ours = moved[5].cpu()
+    assert torch.equal(ours[sinks : sinks + heavy].long(), entries[chosen])
+    assert torch.equal(ours[stored:].long(), entries[~chosen])
 
 
 @pytest.mark.parametrize(

@@ -87,14 +87,14 @@ def decode_kernel(
         b_k = tl.load(p_row[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
         b_v = tl.load(p_row[:, None] + D + o_d[None, :], mask=m_d[None, :], other=0.0)
         b_bias = tl.sum(tl.where(b_start[None, :] <= i_slot[:, None], b_step[None, :], 0.0), 1)
-        b_score = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale2 + b_bias[None, :]
+        b_score = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * scale2 + b_bias[None, :]
         b_score = tl.where(m_slot[None, :], b_score, -1.0e30)
         b_new = tl.maximum(b_most, tl.max(b_score, 1))
         b_share = tl.where(m_slot[None, :], tl.exp2(b_score - b_new[:, None]), 0.0)
         b_fade = tl.exp2(b_most - b_new)
         b_sum = b_sum * b_fade + tl.sum(b_share, 1)
         b_acc = b_acc * b_fade[:, None]
-        b_acc = tl.dot(b_share.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+        b_acc = tl.dot(b_share.to(b_v.dtype), b_v, b_acc, input_precision="tf32x3")
         b_most = b_new
     heads = tl.num_programs(1) * GROUP
     i_part = (i_request.to(tl.int64) * heads + i_query_head) * splits + i_split

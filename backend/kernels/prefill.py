@@ -25,7 +25,7 @@ def attend_tile(
         b_k = tl.load(p_k[:, None] + o_d[None, :])
     else:
         b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
-    b_score = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale2
+    b_score = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * scale2
     if WEIGHTED:
         b_score += b_bias[None, :]
     if MASKED:
@@ -39,7 +39,7 @@ def attend_tile(
     else:
         b_v = tl.load(p_k[:, None] + s_value + o_d[None, :], mask=m_d[None, :], other=0.0)
     b_acc = b_acc * b_fade[:, None]
-    b_acc = tl.dot(b_share.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+    b_acc = tl.dot(b_share.to(b_v.dtype), b_v, b_acc, input_precision="tf32x3")
     return b_acc, b_new, b_sum
 
 

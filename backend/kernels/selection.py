@@ -86,7 +86,7 @@ def score_recent_kernel(
             tl.where(m_slot, i_slot, stored) + recent, p_slots, p_table, s_page, s_slot, BLOCK_SIZE
         )
         b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
-        b_score = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+        b_score = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * scale
         m_seen = i_slot[None, :] <= live - ROWS + o_r[:, None]
         b_score = tl.where(m_seen, b_score, LOW)
         i_candidate = heavy + i_slot - stored
@@ -121,7 +121,7 @@ def score_stored(
             b_bias = tl.load(p_bias + i_slot, mask=m_slot, other=0.0)
             p_k = slot_rows(i_source, p_slots, p_table, s_page, s_slot, BLOCK_SIZE)
             b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
-            b_score = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+            b_score = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * scale
             b_score += b_bias[None, :] * 0.6931471805599453
             i_heavy = i_slot - sinks
             m_heavy = (i_heavy >= 0) & (i_heavy < heavy)
