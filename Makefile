@@ -11,7 +11,7 @@ TESTS ?=
 
 export BACKEND PORT MODEL ARGS
 
-.PHONY: help setup model serve test test-ops lint clean
+.PHONY: help setup model serve test test-ops bench lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' Makefile
@@ -35,6 +35,9 @@ test: model  ## run the tests
 test-ops: model  ## run the tests that need Debian's chromium and prometheus, or minutes
 	@$(PYTHON) deploy/setup.py lint-deploy
 	.venv/bin/python -m pytest -m ops $(TESTS)
+
+bench: model  ## measure quality against other caches, a small version (docs/results.md)
+	.venv/bin/python -m bench.quality small
 
 lint: setup  ## check style and types
 	.venv/bin/ruff check .

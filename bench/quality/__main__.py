@@ -31,9 +31,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 #: Experiment -> what it does unless told otherwise, in full and small.
 FULL: dict[str, dict[str, Any]] = {
     "nll": {"slots": [512, 1024, 2048], "length": 8192, "first": 2048, "seeds": [0, 1]},
-    "error": {"slots": [1024, 2048], "length": 8192, "first": 3072, "documents": 6,
+    "error": {"slots": [1024, 2048], "length": 8192, "first": 3072, "documents": 3,
               "policies": ["express", "paper", "uniform", "streaming", "snapkv", "h2o"]},
-    "recall": {"slots": [1024, 2048, 3072], "length": 8192,
+    "recall": {"slots": [1024, 2048], "length": 8192,
                "policies": [n for n in NAMES if n != "random"] + ["express:profile=even"]},
     "sweep": {"slots": [512, 1024, 2048], "length": 8192, "first": 2048},
 }  # fmt: skip
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         report.write()
     elif command == "small":
         arguments.small = True
-        texts.fetch(write=False)
+        texts.fetch(write=False, names=SMALL_DOCUMENTS)
         loaded = _load(arguments)
         for name in ("nll", "error", "recall"):
             _run(name, argparse.Namespace(**vars(arguments)), *loaded)
@@ -220,7 +220,7 @@ def _recall(arguments: argparse.Namespace, model: Any, heads: Any, tokenizer: An
 
     policies, length = _policies(arguments), arguments.length
     answer = 8  # an answer's tokens must fit the model's context too
-    lengths = [length - answer] if arguments.small else [4096, length - answer]
+    lengths = [length - answer]
     depths = (0.1, 0.5, 0.9) if not arguments.small else (0.5,)
     rows = recall.measure(
         model, heads, tokenize, documents, policies, lengths, depths, arguments.chunk,

@@ -35,13 +35,16 @@ def attend(
     if length == slots:
         return scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale)
     mask = causal(length, slots, query.device)
-    bias = torch.zeros(length, slots, dtype=query.dtype, device=query.device)
-    if logw is not None:
-        bias += logw.to(bias)
-    bias = bias.masked_fill(~mask, float("-inf"))
-    return scaled_dot_product_attention(
-        query, keys, values, attn_mask=bias[None, None], scale=scale
+    if logw is None:
+        return scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask[None, None], scale=scale
+        )
+    # In fp32: 16 bits would round log w, by the same amount for a whole level.
+    bias = logw.float().to(query.device).expand(length, -1).masked_fill(~mask, float("-inf"))
+    output = scaled_dot_product_attention(
+        query.float(), keys.float(), values.float(), attn_mask=bias[None, None], scale=scale
     )
+    return output.to(query.dtype)
 
 
 def causal(length: int, slots: int, device: torch.device) -> Tensor:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
+from dataclasses import astuple, dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -18,6 +16,21 @@ from .harness import Heads
 
 #: Tokens of a page on CPUs and on GPUs: vLLM's defaults.
 CPU_BLOCK, GPU_BLOCK = 128, 16
+
+
+@dataclass(frozen=True)
+class ForcedShape(Shape):
+    """A shape whose halving kernel is not its schedule's: for the sweep."""
+
+    forced: str = ""
+
+    @property
+    def kernel(self) -> str:
+        return self.forced
+
+    @classmethod
+    def of(cls, shape: Shape, kernel: str) -> ForcedShape:
+        return cls(*astuple(shape), forced=kernel)
 
 
 class Plans:
@@ -36,8 +49,11 @@ class Plans:
 class ExpressCache:
     """One layer of the paged cache; every sequence of the batch is a request."""
 
-    def __init__(self, heads: Heads, layer: int, plans: Plans, kernel: str | None = None) -> None:
-        self.heads, self.layer, self.plans, self.kernel = heads, layer, plans, kernel
+    #: Whether the Triton kernels run it; None: if tensors are on a GPU.
+    triton: bool | None = None
+
+    def __init__(self, heads: Heads, layer: int, plans: Plans) -> None:
+        self.heads, self.layer, self.plans = heads, layer, plans
         self.pages: Tensor | None = None
         self.table: Tensor | None = None
         self.tokens = 0
@@ -48,7 +64,8 @@ class ExpressCache:
         self._allocate(key)
         rows = [x.transpose(1, 2).flatten(0, 1).contiguous() for x in (query, key, value)]
         output = torch.empty_like(rows[0])
-        run = self._run_gpu if key.is_cuda else self._run_cpu
+        triton = key.is_cuda if self.triton is None else self.triton
+        run = self._run_gpu if triton else self._run_cpu
         run(*rows, output, batch, length)
         layout = layout_for(self.plans.shape)
         for tokens in range(self.tokens + 1, self.tokens + length + 1, 16):
@@ -89,7 +106,7 @@ class ExpressCache:
                 [self.tokens + length] * batch, self.table.numpy(), CPU_BLOCK,
             ),
         )  # fmt: skip
-        path = CpuPath(self.layer, 0, heads.kv, heads.group, heads.size, heads.scale, self.kernel)
+        path = CpuPath(self.layer, 0, heads.kv, heads.group, heads.size, heads.scale)
         path.forward(query, key, value, self.pages, plan, output)
 
     def _run_gpu(
@@ -98,6 +115,9 @@ class ExpressCache:
         from express_vllm.backend.kernels import step
         from express_vllm.backend.kernels.step import Chunk, StepPlan
 
+        shape = self.plans.shape
+        if shape.schedule == "lazy" and shape.kernel != "gaussian":
+            raise ValueError(f"on GPUs schedule lazy has kernel gaussian, not {shape.kernel}")
         start = self.tokens
         plan = self.plans.get(
             (start, length, batch),
@@ -108,10 +128,7 @@ class ExpressCache:
                 self.heads.group, query.device,
             ),
         )  # fmt: skip
-        other = self.kernel and self.kernel != self.plans.shape.kernel
-        chosen = partial(step.compact, kernel=self.kernel)
-        with patch.object(step, "compact", chosen) if other else nullcontext():
-            step.run_chunks(
-                plan, query, key, value, self.pages, self.table, self.layer, 0, self.heads.scale,
-                output,
-            )  # fmt: skip
+        step.run_chunks(
+            plan, query, key, value, self.pages, self.table, self.layer, 0, self.heads.scale,
+            output,
+        )  # fmt: skip

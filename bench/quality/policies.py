@@ -21,7 +21,7 @@ from express_vllm.layout import PROFILES, Shape, make_shape
 
 from . import presses
 from .caches import Accumulated, EvictingCache, ExactCache, Score, UniformCache, WindowCache
-from .express import ExpressCache, Plans
+from .express import ExpressCache, ForcedShape, Plans
 from .harness import Heads, LayerCache
 
 SINKS = 4
@@ -79,7 +79,9 @@ class Policy:
             options["schedule"] = "paper"
         if self.name == "uniform":
             options["heavy"] = 0
-        return make_shape(self.slots, **(options if self.name in OURS else {}))
+        shape = make_shape(self.slots, **(options if self.name in OURS else {}))
+        kernel = self.options.get("kernel")
+        return ForcedShape.of(shape, kernel) if kernel else shape
 
     def caches(self, heads: Heads, seed: int = 0) -> list[LayerCache]:
         """One per layer."""
@@ -97,8 +99,7 @@ class Policy:
             return lambda layer: UniformCache(heads, shape, layer, seed)
         if self.name in OURS:
             plans = Plans(shape, seed, heads.group)
-            kernel = self.options.get("kernel")
-            return lambda layer: ExpressCache(heads, layer, plans, kernel)
+            return lambda layer: ExpressCache(heads, layer, plans)
         interval = self.options.get("interval", shape.interval)
         recent = self.options.get("recent", int(RECENT[self.name] * self.slots))
         recent = min(recent, self.slots - interval - sinks)

@@ -122,7 +122,7 @@ def text(name: str) -> str:
     return path.read_text()
 
 
-def fetch(write: bool) -> list[Entry]:
+def fetch(write: bool, names: Sequence[str] | None = None) -> list[Entry]:
     """Get what is missing (`write`: everything) and check it against the manifest."""
     known = {} if write else {entry.name: entry for entry in manifest()}
     folder = cache_folder() / "texts"
@@ -131,6 +131,8 @@ def fetch(write: bool) -> list[Entry]:
     with tempfile.TemporaryDirectory() as scratch:
         packages: dict[str, tuple[Path, str]] = {}
         for source in SOURCES:
+            if names is not None and source.name not in names:
+                continue
             path = folder / f"{source.name}.txt"
             expected = known.get(source.name)
             if expected and path.exists() and _digest(path.read_text()) == expected.sha256:
@@ -180,7 +182,9 @@ def _fetched(package: str, version: str, scratch: Path) -> tuple[Path, str]:
     exact = [*get, f"{name}={version}"]
     done = version and subprocess.run(exact, cwd=scratch, stderr=subprocess.DEVNULL).returncode == 0
     if not done:
-        subprocess.run([*get, name], cwd=scratch, check=True, stderr=subprocess.DEVNULL)
+        done = subprocess.run([*get, name], cwd=scratch, stderr=subprocess.DEVNULL).returncode == 0
+    if not done:
+        raise RuntimeError(f"apt-get cannot download {name}: run apt-get update first")
     deb = next(scratch.glob(f"{name}_*.deb"))
     subprocess.run(["dpkg-deb", "-x", str(deb), str(root)], check=True)
     field = ["dpkg-deb", "-f", str(deb), "Version"]
