@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from .. import record
-from . import error, harness, nll, recall, report, sweep, texts
+from . import error, harness, nll, presses, recall, report, sweep, texts
 from .policies import NAMES, Policy
 from .progress import Progress
 
@@ -149,7 +149,7 @@ def _run(name: str, arguments: argparse.Namespace, model: Any, tokenizer: Any, t
         model=title, dtype=arguments.dtype, device=arguments.device,
         length=arguments.length, first=arguments.first, chunk=arguments.chunk,
         versions=record.versions("express-vllm", "torch", "transformers", "triton", "numba")
-        | {"kvpress": "0.5.5"},
+        | {"kvpress": presses.VERSION},
         seconds=round(time.monotonic() - started), stopped=list(Progress.stopped), **details,
     )  # fmt: skip
     print(f"{path.name}: {len(rows)} rows")
@@ -222,15 +222,15 @@ def _recall(arguments: argparse.Namespace, model: Any, heads: Any, tokenizer: An
     answer = 8  # an answer's tokens must fit the model's context too
     lengths = [length - answer]
     depths = (0.1, 0.5, 0.9) if not arguments.small else (0.5,)
-    rows = recall.measure(
-        model, heads, tokenize, documents, policies, lengths, depths, arguments.chunk,
-        arguments.batch,
-    )  # fmt: skip
     size = 96
     farthest = length - 4 * size
     distances = [d for d in (6000, 3000, 1500) if d < farthest] or [farthest]
-    rows += recall.measure_repeated(
+    rows = recall.measure_repeated(
         model, heads, documents, policies, distances, length, size, arguments.chunk,
+        arguments.batch,
+    )  # fmt: skip
+    rows += recall.measure(
+        model, heads, tokenize, documents, policies, lengths, depths, arguments.chunk,
         arguments.batch,
     )  # fmt: skip
     return rows, {"documents": list(documents)}

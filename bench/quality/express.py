@@ -67,11 +67,8 @@ class ExpressCache:
         triton = key.is_cuda if self.triton is None else self.triton
         run = self._run_gpu if triton else self._run_cpu
         run(*rows, output, batch, length)
-        layout = layout_for(self.plans.shape)
-        for tokens in range(self.tokens + 1, self.tokens + length + 1, 16):
-            self.peak = max(self.peak, layout.reserved(tokens))
         self.tokens += length
-        self.peak = max(self.peak, layout.reserved(self.tokens))
+        self.peak = layout_for(self.plans.shape).reserved(self.tokens)  # never shrinks
         return output.view(batch, length, heads, size).transpose(1, 2)
 
     def fork(self) -> ExpressCache:

@@ -59,7 +59,7 @@ def press_class(module: str, name: str) -> Any:
 
 
 class PressScore:
-    """A press that looks at keys and values alone."""
+    """A press that looks at keys and values alone; in fp32, since 16 bits would tie scores."""
 
     wants_weights = False
 
@@ -73,7 +73,7 @@ class PressScore:
         """Nothing."""
 
     def score(self, keys: Tensor, values: Tensor, tokens: int) -> Tensor:
-        return self.press.score(self.module, None, keys, values, None, {})
+        return self.press.score(self.module, None, keys.float(), values.float(), None, {})
 
     def keep(self, index: Tensor) -> None:
         """Nothing."""
@@ -85,7 +85,7 @@ class RandomScore(PressScore):
     def score(self, keys: Tensor, values: Tensor, tokens: int) -> Tensor:
         press = copy.copy(self.press)
         press.seed = (self.press.seed << 32) + tokens
-        return press.score(self.module, None, keys, values, None, {})
+        return press.score(self.module, None, keys.float(), values.float(), None, {})
 
 
 class SnapScore(PressScore):

@@ -201,6 +201,7 @@ def _recall(name: str, stored: dict[str, Any]) -> str:
                         "cache": title(label), "slots": f"{n:,}" if n else "all",
                         "prompts": len(some),
                         "choice": shown([float(r["choice"]) for r in some], 2),
+                        **_by_depth(asked, some),
                         "match": shown([float(r["match"]) for r in some], 2),
                         "log p": shown([r["log_probability"] for r in some], 2),
                     })  # fmt: skip
@@ -209,6 +210,18 @@ def _recall(name: str, stored: dict[str, Any]) -> str:
     if again:
         parts += [_repeated(name, again, slots)]
     return "\n".join(parts)
+
+
+def _by_depth(all_rows: Rows, some: Rows) -> dict[str, str]:
+    """Share of right choices by where the fact stands, if there are several places."""
+    depths = sorted({r["depth"] for r in all_rows})
+    if len(depths) < 2:
+        return {}
+    found = {d: [float(r["choice"]) for r in some if r["depth"] == d] for d in depths}
+    return {
+        f"at {d:.0%}": f"{statistics.fmean(values):.2f}" if values else "-"
+        for d, values in found.items()
+    }
 
 
 def _repeated(name: str, rows: Rows, slots: list[int]) -> str:
@@ -236,7 +249,7 @@ def _repeated(name: str, rows: Rows, slots: list[int]) -> str:
             if len(line) == 2 + len(distances):
                 lines.append(line)
     exact = [f"{d:,}: {shown([gain['exact', 0, d, x] for x in documents])}" for d in distances]
-    plot = _plot_lines(f"{name}-repeated", points, f"{slots[-1]:,} slots")
+    plot = _plot_shares(f"{name}-repeated", points, f"{slots[-1]:,} slots")
     return "\n".join([
         "### Repeated passages", "",
         "A passage of 96 tokens comes again so many tokens later; what its first occurrence saves "
@@ -314,7 +327,6 @@ SECTIONS: dict[str, Callable[[str, dict[str, Any]], str]] = {
 
 HATCHES = ("", "///", "...", "xxx", "---")
 MARKERS = "os^Dv<>P*X"
-DASHES = ("-", "--", ":", "-.")
 
 
 def _figure(width: float = 7.2, height: float = 4.0) -> tuple[Any, Any]:
@@ -356,11 +368,11 @@ def _plot_bars(
                   hatch=HATCHES[j], capsize=2, label=f"{n:,} {unit}",
                   error_kw={"linewidth": 1})  # fmt: skip
     axes.set_yticks(range(len(bars)), list(bars))
-    axes.invert_yaxis()
+    axes.set_ylim(len(bars) - 0.45, -0.55)
     axes.set_xlabel(axis)
     axes.grid(axis="x", color="0.85")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside upper center", ncols=len(budgets))
     return _store(figure, name, axis)
 
 
@@ -379,18 +391,23 @@ def _plot_layers(name: str, curves: dict[str, dict[str, list[float]]], slots: in
     return _store(figure, name, "Error of attention outputs by layer")
 
 
-def _plot_lines(name: str, points: dict[str, dict[int, tuple[float, float]]], what: str) -> str:
+def _plot_shares(name: str, points: dict[str, dict[int, tuple[float, float]]], what: str) -> str:
+    """A group of markers for every distance: side by side, so that error bars stay apart."""
     figure, axes = _figure()
+    distances = sorted({d for values in points.values() for d in values})
+    step = 0.8 / len(points)
     for i, (label, values) in enumerate(points.items()):
-        x = [d * (1 + 0.012 * (i - len(points) / 2)) for d in values]  # error bars stay apart
+        x = [distances.index(d) + (i - (len(points) - 1) / 2) * step for d in values]
         y, spread = zip(*values.values(), strict=True)
         spread = [0 if math.isnan(s) else s for s in spread]
-        shade = str(0.65 * i / max(1, len(points) - 1))
-        axes.errorbar(x, y, yerr=spread, color=shade, capsize=2, linestyle=DASHES[i % 4],
+        shade = str(0.6 * i / max(1, len(points) - 1))
+        axes.errorbar(x, y, yerr=spread, color=shade, capsize=2, linestyle="none", markersize=7,
                       marker=MARKERS[i % len(MARKERS)], label=label)  # fmt: skip
+    axes.set_xticks(range(len(distances)), [f"{d:,}" for d in distances])
+    axes.set_xlim(-0.5, len(distances) - 0.5)
     axes.set_xlabel("distance, tokens")
     axes.set_ylabel(f"share of exact's gain kept, {what}")
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.grid(color="0.85")
-    axes.legend(frameon=False, fontsize=8)
+    axes.grid(axis="y", color="0.85")
+    figure.legend(frameon=False, fontsize=9, loc="outside right upper")
     return _store(figure, name, "Share of a repeated passage's gain that is kept")
