@@ -78,7 +78,7 @@ def _compaction(heavy: bool, long: bool, kernel: str, model: Model, paged: bool)
     together = max(1, min(halvings, 2, _OPERAND // (TILE_POINTS * padded * model.itemsize)))
     return Launch(
         (
-            model.size, padded, _CANDIDATES, SLICES, 64 if padded > 128 else 128, halvings,
+            model.size, padded, _CANDIDATES, SLICES, _scored(model), halvings,
             together, TILE_POINTS // 2, model.block_size if paged else 0, heavy,
             EXPONENTIAL if kernel == "exponential" else GAUSSIAN, long, _WIDE,
         ),
@@ -86,12 +86,16 @@ def _compaction(heavy: bool, long: bool, kernel: str, model: Model, paged: bool)
     )  # fmt: skip
 
 
+def _scored(model: Model) -> int:
+    """Slots of a tile of scores."""
+    return 128 if model.padded * model.itemsize <= 256 else 64 if model.itemsize == 2 else 32
+
+
 @lru_cache
 def recent_scores(model: Model, paged: bool) -> Launch:
-    block = 64 if model.padded > 128 else 128
     return Launch(
         (
-            model.size, model.padded, model.group, block, model.block_size if paged else 0,
+            model.size, model.padded, model.group, _scored(model), model.block_size if paged else 0,
             model.block_size, not paged,
         ),
         stages=2,
@@ -111,6 +115,8 @@ def prefill(model: Model) -> Launch:
     registers = None
     if model.padded == 128 and model.itemsize == 2:
         block, stages, registers = 32, 3, 128
+    elif model.padded == 128:  # each fp32 operand is there in two parts
+        block, stages = 16, 2
     constants = (model.group, model.size, model.padded, rows, block)
     return Launch(constants, 8, stages, registers)
 

@@ -29,8 +29,10 @@ def kernel_tile(
 
     `exponential`: on keys centred by their mean, through m = <k, mean> [P] and mean2 = |mean|^2.
     """
-    b_dot = tl.dot(b_ki, tl.trans(b_kj), input_precision="tf32x3")
-    b_weight = tl.dot(b_vi, tl.trans(b_vj), input_precision="tf32x3") + bound2
+    # The tensor cores' parts of wider fp32 rows do not fit in shared memory.
+    PRECISION: tl.constexpr = "tf32x3" if b_ki.shape[1] <= 128 else "ieee"
+    b_dot = tl.dot(b_ki, tl.trans(b_kj), input_precision=PRECISION)
+    b_weight = tl.dot(b_vi, tl.trans(b_vj), input_precision=PRECISION) + bound2
     if KIND == 0:
         b_distance = tl.maximum(b_ni[:, None] + b_nj[None, :] - 2.0 * b_dot, 0.0)
         b_kappa = tl.exp(-0.5 * scale * b_distance)
@@ -181,8 +183,9 @@ def differences(
     b_bound = tl.max(tl.reshape(tl.max(tl.abs(b_v.to(tl.float32)), 1), [B, 2 * P]), 1)
     b_bound2 = tl.broadcast_to((b_bound * b_bound)[:, None], [B, 2 * P])
     b_bound2 = tl.reshape(b_bound2, [S])
-    b_dot = tl.dot(b_k, tl.trans(b_k), input_precision="tf32x3")
-    b_weight = tl.dot(b_v, tl.trans(b_v), input_precision="tf32x3")
+    PRECISION: tl.constexpr = "tf32x3" if D_PAD <= 128 else "ieee"
+    b_dot = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
+    b_weight = tl.dot(b_v, tl.trans(b_v), input_precision=PRECISION)
     b_distance = tl.maximum(b_n[:, None] + b_n[None, :] - 2.0 * b_dot, 0.0)
     b_kappa = tl.exp(-0.5 * root * b_distance) * (b_weight + b_bound2[:, None])
     b_sign = tl.where(tl.arange(0, 2) == 0, 1.0, -1.0)

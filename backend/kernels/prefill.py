@@ -21,11 +21,13 @@ def attend_tile(
     D: tl.constexpr, D_PAD: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax, base 2: keys and values at rows p_k [N]."""
+    # The tensor cores' parts of wider fp32 rows do not fit in shared memory.
+    PRECISION: tl.constexpr = "tf32x3" if D_PAD <= 128 else "ieee"
     if D == D_PAD:
         b_k = tl.load(p_k[:, None] + o_d[None, :])
     else:
         b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
-    b_score = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * scale2
+    b_score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale2
     if WEIGHTED:
         b_score += b_bias[None, :]
     if MASKED:
@@ -39,7 +41,7 @@ def attend_tile(
     else:
         b_v = tl.load(p_k[:, None] + s_value + o_d[None, :], mask=m_d[None, :], other=0.0)
     b_acc = b_acc * b_fade[:, None]
-    b_acc = tl.dot(b_share.to(b_v.dtype), b_v, b_acc, input_precision="tf32x3")
+    b_acc = tl.dot(b_share.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
     return b_acc, b_new, b_sum
 
 
