@@ -8,6 +8,7 @@ import math
 import pytest
 
 from bench.quality import report, sweep, texts
+from bench.quality.policies import NAMES
 
 HEAD = {
     "command": "python -m bench.quality nll", "date": "2026-01-01", "hardware": "test",
@@ -73,6 +74,25 @@ def test_the_document_has_every_table_and_plot(tmp_path, monkeypatch):
     for name in ("quality-nll", "quality-error", "quality-recall-repeated"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
         assert (tmp_path / f"{name}.svg").exists()
+
+
+@pytest.mark.parametrize("slots", [512, 1024, 2048])
+def test_the_default_beats_what_it_replaces_and_no_peer_beats_it(slots):
+    """In the stored run on the held-out documents, by two paired standard errors."""
+    path = report.RESULTS / "quality-nll.json"
+    if not path.exists():
+        pytest.skip("the full run is not stored yet: python -m bench.quality nll")
+    stored = json.loads(path.read_text())
+    gaps = report.gaps(stored["rows"])
+    assert stored["length"] >= 8192 and len(stored["documents"]) >= 12
+    ours = gaps["express", slots]
+    for rival in NAMES[2:]:
+        worse = [gaps[rival, slots][d] - ours[d] for d in ours]
+        mean, spread = report.mean_error(worse)
+        if rival in ("paper", "uniform", "streaming"):
+            assert mean > 2 * spread, (rival, mean, spread)
+        else:
+            assert mean > -2 * spread, (rival, mean, spread)
 
 
 def test_the_manifest_is_that_of_the_sources():

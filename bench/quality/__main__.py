@@ -47,6 +47,8 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 #: A small run looks at prose, code and other languages too.
 SMALL_DOCUMENTS = ("anarchism", "docutils", "faq-fr", "fortunes")
+#: The most time that each experiment of `small` may take: 18 minutes together.
+SMALL_SECONDS = {"nll": 480, "error": 180, "recall": 420}
 EXPERIMENTS = tuple(FULL)
 
 
@@ -61,7 +63,9 @@ def main(argv: list[str] | None = None) -> None:
         arguments.small = True
         texts.fetch(write=False, names=SMALL_DOCUMENTS)
         loaded = _load(arguments)
-        for name in ("nll", "error", "recall"):
+        for name, seconds in SMALL_SECONDS.items():
+            if not arguments.seconds:
+                Progress.deadline = time.monotonic() + seconds
             _run(name, argparse.Namespace(**vars(arguments)), *loaded)
         report.write()
     else:
@@ -131,6 +135,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
 
 def _run(name: str, arguments: argparse.Namespace, model: Any, tokenizer: Any, title: str) -> None:
     started = time.monotonic()
+    Progress.stopped.clear()
     for key, value in (SMALL if arguments.small else FULL)[name].items():
         if getattr(arguments, key) is None:
             setattr(arguments, key, value)
