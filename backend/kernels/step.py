@@ -7,6 +7,7 @@ several plans.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -520,12 +521,11 @@ def compact_pages(
         units = len(ids) * step.count * heads * _cdiv(2 * size, constants.MOVE_COLUMNS)
         bytes_ = step.final * constants.MOVE_COLUMNS * model.itemsize
         programs = min(units, 1056, max(1, _SPARE // bytes_))
-        spare = step.kept(
-            ("spare", programs),
-            lambda n=programs: torch.empty(
-                n, step.final, constants.MOVE_COLUMNS, dtype=kv_cache.dtype, device=kv_cache.device
-            ),
-        )
+        make = functools.partial(
+            torch.empty, programs, step.final, constants.MOVE_COLUMNS, dtype=kv_cache.dtype,
+            device=kv_cache.device,
+        )  # fmt: skip
+        spare = step.kept(("spare", programs), make)
         launch(
             move_kernel, (programs,),
             (
@@ -554,7 +554,9 @@ def warm_up(
     scale, zero = size**-0.5, torch.zeros(1, dtype=torch.int64, device=device)
     for start, stop in ((0, count - 2), (count - 2, count)):
         chunk = StepPlan.make(layout, [Chunk(start, stop)], group, device)
-        rows = (x[start:stop] for x in (query, key, value))
-        run_chunks(chunk, *rows, cache, table, 0, 0, scale, output[start:stop], side=side)
+        run_chunks(
+            chunk, query[start:stop], key[start:stop], value[start:stop], cache, table, 0, 0, scale,
+            output[start:stop], side=side,
+        )  # fmt: skip
     event = StepPlan.make(layout, [Chunk(count, count + 1)], group, device, compacting=True)
     compact_pages(event, cache, zero, zero, table, 0, scale, group)
