@@ -125,11 +125,11 @@ def _model_path(given: Path | None) -> Path:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
-    if arguments.seconds:
-        Progress.deadline = time.monotonic() + arguments.seconds
     path = _model_path(arguments.model)
     arguments.dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
     model, tokenizer = harness.load(path, arguments.device, DTYPES[arguments.dtype])
+    if arguments.seconds:
+        Progress.deadline = time.monotonic() + arguments.seconds
     return model, tokenizer, Path(path).name
 
 
