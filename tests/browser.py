@@ -21,7 +21,10 @@ class Browser:
         program = shutil.which("chromium")
         if program is None:
             raise RuntimeError("chromium is not installed: apt-get install chromium")
-        self.folder = tempfile.TemporaryDirectory(prefix="express-chromium-")
+        # Its helpers may write to the profile a moment longer than the browser runs.
+        self.folder = tempfile.TemporaryDirectory(
+            prefix="express-chromium-", ignore_cleanup_errors=True
+        )
         self.process = subprocess.Popen(
             [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
              "--remote-debugging-port=0", f"--user-data-dir={self.folder.name}",
