@@ -109,9 +109,10 @@ def _labels(rows: Rows) -> list[str]:
 def _nll(name: str, stored: dict[str, Any]) -> str:
     rows = stored["rows"]
     found, slots = gaps(rows), _columns(rows)
+    labels = [x for x in _labels(rows) if any((x, n) in found for n in slots)]
     exact = [r["nll"] for r in rows if r["policy"] == "exact"]
     lines, beside = [], []
-    for label in _labels(rows):
+    for label in labels:
         lines.append({"cache": title(label)} | {
             f"{n:,} slots": shown(list(found[label, n].values())) if (label, n) in found else "-"
             for n in slots})  # fmt: skip
@@ -121,7 +122,7 @@ def _nll(name: str, stored: dict[str, Any]) -> str:
     plot = _plot_bars(
         name,
         {title(label): {n: list(found[label, n].values()) for n in slots if (label, n) in found}
-         for label in _labels(rows)},
+         for label in labels},
         "NLL gap to exact attention, nats a token", "slots",
     )  # fmt: skip
     return "\n".join([
