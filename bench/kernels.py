@@ -90,9 +90,10 @@ class Prefill:
         self.events = sum(s.events for s in self.steps)
 
     def run(self) -> None:
-        step.run_pipelined(
-            self.steps, *self.batch, self.cache, self.table, 0, 0, SCALE, self.output, self.side
-        )
+        for s in self.steps:
+            step.run_chunks(
+                s, *self.batch, self.cache, self.table, 0, 0, SCALE, self.output, side=self.side
+            )
 
     def compress(self, tuning: Tuning | None = None) -> list[tuple[step.Source, Tensor]]:
         """Everything but attention and the state in the pages."""

@@ -88,7 +88,7 @@ class DecodeRows:
         for r, i in enumerate(index.tolist()):
             if outside[r] or self._names[i] != names[r]:
                 self._names[i] = names[r]
-                self._renew(i, _layout(budgets[r]), int(positions[r]))
+                self._renew(i, layout_of(budgets[r]), int(positions[r]))
         due = []
         for r in np.flatnonzero(positions == self._event[index]).tolist():
             budget, position = budgets[r], int(positions[r])
@@ -130,5 +130,6 @@ class DecodeRows:
         return DecodeTables.of(device_words.zero_(), count)
 
 
-def _layout(budget: Budget | None) -> Layout:
+def layout_of(budget: Budget | None) -> Layout:
+    """A request's layout; without a budget one that never reaches an event."""
     return (budget and budget.layout) or layout_for(EXACT_SHAPE)

@@ -24,11 +24,11 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from express_vllm.layout import EXACT_SHAPE, Layout, Shape, layout_for
+from express_vllm.layout import Layout, Shape, layout_for
 
 from ..kernels.step import Chunk, StepPlan, compact_pages
 from ..step import current_step
-from .decodes import DecodeRows, DecodeTables
+from .decodes import DecodeRows, DecodeTables, layout_of
 from .timer import CompactionTimer
 
 if TYPE_CHECKING:
@@ -125,10 +125,10 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
         found = []
         for r in range(decodes, len(budgets)):
             budget = budgets[r]
-            layout = (budget and budget.layout) or layout_for(EXACT_SHAPE)
             count = firsts[r + 1] - firsts[r]
             seed = budget.seed if budget else 0
-            found.append((layout, Chunk(stops[r] - count, stops[r], firsts[r], r, seed)))
+            chunk = Chunk(stops[r] - count, stops[r], firsts[r], r, seed)
+            found.append((layout_of(budget), chunk))
         return [
             StepPlan.make(layout, some, self.layers.group, self.device)
             for layout, chunks in by_shape(found)

@@ -39,33 +39,21 @@ class GpuPath:
         """query [T, heads, d], key and value [T, KV heads, d], output [T, heads, d] in place."""
         if plan.idle:
             output.zero_()
-        if plan.decodes is not None:
-            self._decode(query, key, value, kv_cache, plan, output)
+        if (decodes := plan.decodes) is not None:
+            rows = slice(0, decodes.count)
+            store_tokens(
+                query[rows], key[rows], value[rows], kv_cache, plan.table, decodes.live,
+                decodes.ring,
+            )  # fmt: skip
+            decode_attention(
+                query[rows], kv_cache, plan.table, decodes.live, decodes.starts, decodes.steps,
+                self.scale, self.scratch, output[rows],
+            )  # fmt: skip
         for chunk in plan.chunks:
             run_chunks(
                 chunk, query, key, value, kv_cache, plan.table, self.layer, self.first_kv_head,
                 self.scale, output, side=self.side,
             )  # fmt: skip
-
-    def _decode(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        plan: ExpressMetadata,
-        output: Tensor,
-    ) -> None:
-        decodes = plan.decodes
-        assert decodes is not None
-        rows = slice(0, decodes.count)
-        store_tokens(
-            query[rows], key[rows], value[rows], kv_cache, plan.table, decodes.live, decodes.ring
-        )
-        decode_attention(
-            query[rows], kv_cache, plan.table, decodes.live, decodes.starts, decodes.steps,
-            self.scale, self.scratch, output[rows],
-        )  # fmt: skip
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from express_vllm.layout import Shape
 
 from .halving import EXPONENTIAL, GAUSSIAN
-from .plan import TILE_POINTS
+from .plan import TILE_POINTS, is_long
 
 #: Rows of a query tile: tokens times query heads of a KV head.
 QUERY_ROWS = 128
@@ -58,11 +58,6 @@ class Launch(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         return self._asdict()
-
-
-def is_long(shape: Shape) -> bool:
-    """Whether groups may be longer than a tile, or must be measured as a whole."""
-    return shape.schedule == "paper" or shape.group > TILE_POINTS
 
 
 def compaction(shape: Shape, model: Model, paged: bool) -> Launch:

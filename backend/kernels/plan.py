@@ -186,13 +186,18 @@ def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
     return views
 
 
+def is_long(shape: Shape) -> bool:
+    """Whether groups may be longer than a tile, or must be measured as a whole."""
+    return shape.schedule == "paper" or shape.group > TILE_POINTS
+
+
 @lru_cache(maxsize=64)
 def tables_for(shape: Shape, device: torch.device) -> EventTables:
     """The shared tables of a shape; a round holds as many halvings as its interval calls for.
 
     Groups longer than a tile, and those of the published kernel, are measured as a whole: one each.
     """
-    if shape.schedule == "paper" or shape.group > TILE_POINTS:
+    if is_long(shape):
         return EventTables(shape, device, 1)
     halvings = 2 * shape.interval // shape.group
     return EventTables(shape, device, 1 << max(0, min(3, (halvings - 1).bit_length())))

@@ -110,7 +110,7 @@ class StepPlan:
             )
             old = layout.live(chunk.start)
             shift = old - chunk.start
-            upcoming = shape.first_event + end * shape.interval
+            upcoming = layout.next_event_position(stop + 1 if compacting else stop)
             final = layout.event(end - 1).live_after if compacting and end else layout.live(stop)
             low, high = chunk.seed & 0xFFFFFFFF, (chunk.seed >> 32) & 0xFFFFFFFF
             requests[r] = (
@@ -255,7 +255,7 @@ class Work:
         team = 1 if paged else team_size(tasks, tables.width, tuning, device)
         teams = min(tasks, tuning.programs // team)
         pairs = plan.TILE_POINTS // 2
-        halvings = constants.HALVINGS if paged and not constants.is_long(tables.layout.shape) else 1
+        halvings = constants.HALVINGS if paged and not plan.is_long(tables.layout.shape) else 1
         signs = _cdiv(tables.longest, 2 * pairs) * pairs
         scratch_width, virtual_width = (
             _cdiv(n, 64) * 64
@@ -388,18 +388,6 @@ def run_chunks(
     if side and step.events:
         torch.cuda.current_stream().wait_stream(side)
     store_state(step, query, source, lists, kv_cache, table)
-
-
-def run_pipelined(
-    steps: Sequence[StepPlan], query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor,
-    table: Tensor, layer: int, first_head: int, scale: float, output: Tensor,
-    side: torch.cuda.Stream, tuning: Tuning | None = None,
-) -> None:  # fmt: skip
-    """`run_chunks` of consecutive parts of the same chunks, events on the stream `side`."""
-    for step in steps:
-        run_chunks(
-            step, query, key, value, kv_cache, table, layer, first_head, scale, output, tuning, side
-        )
 
 
 def identity_lists(step: StepPlan, heads: int, device: torch.device) -> Tensor:

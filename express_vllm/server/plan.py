@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from ..budget import Budget, ServerConfig
 from ..kvsize import KVSize
 from ..layout import Layout
+from .usage import Sequence, usage
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,12 @@ def plan(
     prompt_tokens: int, max_tokens: int,
 ) -> Plan:  # fmt: skip
     """The `Plan` of a request; its last token is sampled but never stored."""
-    stored = prompt_tokens + max_tokens - 1
-    peak = budget.reserved(stored)
+    used = usage([Sequence(budget, prompt_tokens, max_tokens)])
+    peak, stored = used["peak_kv_tokens"], used["exact_kv_tokens"]
     outputs = (prompt_tokens, stored + 1)
     return Plan(
-        mode=budget.mode,
-        memory_tokens=budget.memory_tokens,
+        **used,  # all but `sequences`, which a plan has one of
         compute_tokens=budget.compute_tokens,
-        peak_kv_tokens=peak,
-        exact_kv_tokens=stored,
-        compression_ratio=round(stored / peak, 4),
-        compactions=budget.compactions(stored),
         bytes=Pair(planned=peak * size.slot_bytes, exact=stored * size.slot_bytes),
         blocks=Pair(planned=capacity.needs(peak), exact=capacity.needs(stored)),
         concurrent_requests=Pair(planned=capacity.fits(peak), exact=capacity.fits(stored)),
