@@ -13,9 +13,11 @@ Each backend runs in a process of its own, one after the other on the same devic
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -145,7 +147,7 @@ def measure(backend: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def long_form(engine: Engine, backend: str, options: argparse.Namespace) -> dict[str, Any]:
     requests = fitting(engine, backend, options)
-    lengths = [PROMPT + i * (OUTPUT - 2 * options.window) // 3 for i in range(4)]
+    lengths = [PROMPT + i * (OUTPUT - 2 * options.window) // 2 for i in range(3)]
     if options.whole:
         seconds, count = engine.decode(requests, PROMPT, OUTPUT - 9)
         return {"requests": requests, "tokens/s": round(count / seconds)}
@@ -160,11 +162,24 @@ def long_form(engine: Engine, backend: str, options: argparse.Namespace) -> dict
 
 
 def in_process(backend: str) -> dict[str, Any]:
-    """Measure one backend in a fresh process."""
+    """Measure one backend in a fresh process group, which leaves the device empty."""
     with tempfile.NamedTemporaryFile("r") as file:
         command = [sys.executable, "-m", "bench.engine", *sys.argv[1:], "--only", backend]
-        subprocess.run([*command, "--output", file.name], check=True)
+        process = subprocess.Popen([*command, "--output", file.name], start_new_session=True)
+        try:
+            if process.wait():
+                raise RuntimeError(f"{backend} ended with {process.returncode}")
+        finally:
+            _end(process.pid)
         return json.loads(file.read())
+
+
+def _end(group: int) -> None:
+    """Kill what is left of a process group (the engine's core outlives its parent) and wait."""
+    with contextlib.suppress(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(group, signal.SIGKILL)
+            time.sleep(0.1)
 
 
 def arguments() -> argparse.Namespace:

@@ -62,7 +62,7 @@ def milliseconds(
 def windows(count: int) -> tuple[int, int]:
     """Windows and runs in each for prompts of `count` tokens, the same for every kernel."""
     if count <= 32_768:
-        return 5, 20
+        return 5, 20 if count <= 8_192 else 5
     return (4, 1) if count <= 200_000 else (2, 1) if count <= 600_000 else (1, 1)
 
 
@@ -156,7 +156,7 @@ def exact_rows(batch: tuple[Tensor, Tensor, Tensor]) -> list[dict]:
         try:
             run = make()
             time_ms: float | str = milliseconds(
-                lambda r=run: r(*batch), repeats, repeats > 1, together
+                lambda r=run: r(*batch), repeats, count <= 200_000, together
             )
         except (ImportError, RuntimeError) as reason:
             print(f"no {name} at {count} tokens: {str(reason).splitlines()[0]}", flush=True)

@@ -62,6 +62,7 @@ def draw(path: Path) -> None:
     axes.set_yscale("log")
     ticks = sorted(lengths)
     axes.set_xticks(ticks, [f"{n // 1024}K" if n < 1 << 20 else f"{n >> 20}M" for n in ticks])
+    axes.set_xlim(right=1.55 * ticks[-1])
     axes.minorticks_off()
     axes.set_xlabel("prompt length, tokens")
     axes.set_ylabel("time of one layer's causal attention, ms")

@@ -13,11 +13,18 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from express_vllm import smallmodel
 
 #: The server's pool and block size, so that tests can turn usage into blocks.
 BLOCKS, BLOCK_SIZE = 160, 64
+#: A GPU runs compiled, with CUDA graphs, and leaves room for other tests' engines.
+RUNS = (
+    ["--gpu-memory-utilization=0.12", f"--kv-cache-memory-bytes={1 << 30}", "--max-num-seqs=64"]
+    if torch.cuda.is_available()
+    else ["--enforce-eager"]
+)
 
 
 @pytest.fixture(scope="session")
@@ -60,10 +67,12 @@ def server(model_path, tmp_path_factory):
 def serve(model_path, log, *arguments, headers=None):
     """A server of its own, with more `arguments`; `headers` go with every request of its client."""
     port = free_port()
+    script = Path(sys.executable).with_name("vllm")
+    program = [script] if script.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
     command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", str(model_path),
+        *map(str, program), "serve", str(model_path),
         "--attention-backend", "express", "--port", str(port), "--host", "127.0.0.1",
-        "--served-model-name", "small", "--enforce-eager",
+        "--served-model-name", "small", *RUNS,
         "--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", str(BLOCKS),
         "--additional-config", '{"express": {"memory_tokens": 1024, "max_memory_tokens": 8192}}',
         *arguments,

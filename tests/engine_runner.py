@@ -33,7 +33,7 @@ class Engine:
     def __init__(self, arguments):
         from vllm import LLM
 
-        self.llm = LLM(enforce_eager=True, disable_log_stats=True, **arguments)
+        self.llm = LLM(disable_log_stats=True, **arguments)
         core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)
         self.scheduler = getattr(core, "scheduler", None)
         if self.scheduler is not None:

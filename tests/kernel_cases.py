@@ -15,6 +15,7 @@ from express_vllm.backend.kernels.step import Chunk, StepPlan, Tuning
 from express_vllm.layout import RING_ROWS, Layout, make_shape
 from express_vllm.reference.cache import ExpressCache
 
+torch.set_num_threads(1)  # small tensors, often several processes
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SEED, LAYER, FIRST_HEAD = 2**33 + 5, 3, 4
 
@@ -107,7 +108,9 @@ def oracle(layout, batch, heads, group, seed=SEED):
     size = query.shape[2]
     outputs, caches = [], []
     for h in range(heads):
-        cache = ExpressCache(layout, size, seed=seed, layer=LAYER, kv_head=FIRST_HEAD + h)
+        cache = ExpressCache(
+            layout, size, seed=seed, layer=LAYER, kv_head=FIRST_HEAD + h, row_dtype=batch[0].dtype
+        )
         rows = query.view(-1, heads, group, size)[:, h]
         outputs.append(cache.extend(rows, key[:, h], value[:, h]))
         caches.append(cache)

@@ -26,6 +26,15 @@ GROWING = 9
 #: vLLM's own backend that computes in float32, and a pool that makes it preempt.
 OWN = "TRITON_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
 OWN_POOL = 49
+#: Log-probability gap of two tokens below which it may take the other one: TRITON_ATTN multiplies
+#: fp32 operands as tf32.
+OWN_TIE = 0.05 if torch.cuda.is_available() else 0.0
+#: A GPU runs compiled, with CUDA graphs, and leaves room for other tests' engines.
+RUNS = (
+    {"gpu_memory_utilization": 0.12, "max_num_seqs": 32}
+    if torch.cuda.is_available()
+    else {"enforce_eager": True}
+)
 
 
 def run_engine(
@@ -45,6 +54,7 @@ def run_engine(
             "enable_prefix_caching": False,
             "max_num_batched_tokens": 2048,
             "max_model_len": 8192,
+            **RUNS,
             **engine,
         },
         "calls": calls,
@@ -198,7 +208,13 @@ def test_a_fitting_budget_is_exact_mode_to_the_byte(express):
 
 def test_a_fitting_budget_gives_the_text_of_vllms_own_backend(express, own):
     assert len(own["short"]["texts"]) >= 20
-    assert express["fits"]["texts"] == own["short"]["texts"]
+    same = [a == b for a, b in zip(express["fits"]["texts"], own["short"]["texts"], strict=True)]
+    print(f"{sum(same)} of {len(same)} texts are those of {OWN}")
+    for i in (i for i, equal in enumerate(same) if not equal):
+        ours, theirs = express["fits"]["tokens"][i], own["short"]["tokens"][i]
+        first = next(j for j, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+        print(f"text {i} leaves at {first}, where the gap was {own['short']['margins'][i][first]}")
+        assert own["short"]["margins"][i][first] < OWN_TIE
 
 
 def test_the_same_request_gives_the_same_tokens_again(express):

@@ -18,7 +18,7 @@ from express_vllm.layout import DRAW
 from express_vllm.rng import STREAM_COMPLEMENT, STREAM_DRAW, STREAM_SIGN
 
 from . import columns
-from .halving import differences, entry, keep, long_tile, measure, walk
+from .halving import differences, entry, keep, long_tile, measure, points, walk
 from .launch import kernel
 from .rows import event_key, mix, request_slots, wait_until, wide
 from .selection import ROWS, choose_heavy, score_stored
@@ -64,7 +64,7 @@ def compact_kernel(
     """
     # Attention runs at the same time as events of a step with new tokens.
     SIGNAL: tl.constexpr = BLOCK_SIZE == 0
-    o_d, o_r = tl.arange(0, D_PAD), tl.arange(0, ROWS)
+    o_d, o_r, o_w = tl.arange(0, D_PAD), tl.arange(0, ROWS), tl.arange(0, WIDE)
     scratch_width = wide(scratch_width)
     virtual_width = wide(virtual_width)
     shared_width = wide(shared_width)
@@ -113,7 +113,7 @@ def compact_kernel(
         known = tl.load(request + columns.KNOWN).to(tl.int32)
         p_progress = progress + i_request * heads + i_head
         for j in range(0, known, WIDE):
-            o_j = j + tl.arange(0, WIDE)
+            o_j = j + o_w
             tl.store(p_virtuals + o_j, o_j, mask=o_j < known)
             tl.store(p_list + o_j, o_j, mask=o_j < tl.where(member == 0, known, 0))
         tl.debug_barrier()
@@ -130,6 +130,12 @@ def compact_kernel(
             p_virtual = p_virtuals + copy * virtual_width
             p_output = p_outputs + copy * virtual_width
             base = stored + incoming  # virtual ids from here on are outputs
+            # Ids are known before any decision: they are on their way while scores are computed.
+            p_round = rounds + 2 * round_first
+            op_first = tl.load(p_round, mask=round_count > 0, other=0) + member * G
+            op_count = tl.load(p_round + 1, mask=round_count > 0, other=0) - member * G
+            b_id = points(ops + op_first * columns.OP, op_count, ids, P, B)
+            b_left = tl.load(ids + final + o_w, mask=o_w < after, other=0)
             if HAS_HEAVY:
                 i_row = (i_layer * instance_count + instance_first + e) * heads + i_head
                 i_row = i_row * ROWS
@@ -152,7 +158,7 @@ def compact_kernel(
                 )  # fmt: skip
             else:
                 for j in range(0, incoming, WIDE):
-                    o_j = stored + j + tl.arange(0, WIDE)
+                    o_j = stored + j + o_w
                     tl.store(p_virtual + o_j, o_j + recent, mask=o_j < base)
                 tl.debug_barrier()
 
@@ -170,8 +176,10 @@ def compact_kernel(
                     draw_entry(op, event, ids, p_virtual, p_output, base)
                 else:
                     for first in range(member * G, op_count, team * G):
+                        if (i_round > round_first) | (first > member * G):
+                            b_id = points(op + first * columns.OP, op_count - first, ids, P, B)
                         halve(
-                            op + first * columns.OP, op_count - first, event, ids, p_virtual,
+                            op + first * columns.OP, op_count - first, b_id, event, ids, p_virtual,
                             p_output, base, p_slots, p_table, s_value, s_page, s_slot, p_delta,
                             p_tau, p_psi, p_mean, p_sign, root, D, D_PAD, G, B, P, BLOCK_SIZE, KIND,
                             LONG,
@@ -181,9 +189,10 @@ def compact_kernel(
             p_new = p_list + (e + 1) * heads * width
             p_next = p_virtuals + (1 - copy) * virtual_width
             for j in range(0, after, WIDE):
-                o_j = j + tl.arange(0, WIDE)
+                o_j = j + o_w
                 m_j = o_j < after
-                b_left = tl.load(ids + final + o_j, mask=m_j, other=0)
+                if j > 0:
+                    b_left = tl.load(ids + final + o_j, mask=m_j, other=0)
                 b_final = entry(b_left, p_virtual, p_output, base, m_j)
                 tl.store(p_next + o_j, b_final, mask=m_j)
                 tl.store(p_new + o_j, b_final, mask=o_j < tl.where(member == 0, after, 0))
@@ -194,12 +203,13 @@ def compact_kernel(
 
 @triton.jit
 def halve(
-    op, count, event, ids, p_virtual, p_output, base, p_slots, p_table, s_value, s_page, s_slot,
-    p_delta, p_tau, p_psi, p_mean, p_sign, root,
+    op, count, b_id, event, ids, p_virtual, p_output, base, p_slots, p_table, s_value, s_page,
+    s_slot, p_delta, p_tau, p_psi, p_mean, p_sign, root,
     D: tl.constexpr, D_PAD: tl.constexpr, G: tl.constexpr, B: tl.constexpr, P: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, KIND: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    """Run up to G halvings of a round, the first `count` from `op` on."""
+    """Run up to G halvings of a round, the first `count` from `op` on.  b_id: `points` of the first
+    B."""
     o_g, o_p = tl.arange(0, G), tl.arange(0, P)
     m_g = o_g < count
     p_op = op + o_g * columns.OP
@@ -235,10 +245,12 @@ def halve(
             tl.debug_barrier()
     else:
         for g in range(0, tl.minimum(count, G), B):
+            b_next = points(op + (g + B) * columns.OP, tl.minimum(count, G) - g - B, ids, P, B)
             differences(
-                op + g * columns.OP, count - g, ids, p_virtual, p_output, base, p_slots, p_table,
-                s_value, s_page, s_slot, p_delta + g * (P * P), root, D, D_PAD, P, B, BLOCK_SIZE,
+                b_id, count - g, p_virtual, p_output, base, p_slots, p_table, s_value, s_page,
+                s_slot, p_delta + g * (P * P), root, D, D_PAD, P, B, BLOCK_SIZE,
             )  # fmt: skip
+            b_id = b_next
         tl.debug_barrier()
         b_sign = walk(p_delta, p_tau, b_psi, b_key, 0, G, P, KIND)
         keep(

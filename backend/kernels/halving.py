@@ -153,27 +153,35 @@ def keep(
 
 
 @triton.jit
+def points(op, count, ids, P: tl.constexpr, B: tl.constexpr):
+    """Virtual ids [B * 2 P] of the points of up to B groups of one tile each, -1 for absent ones:
+    the groups' points lie one after the other."""
+    o_s = tl.arange(0, B * 2 * P)
+    i_group, i_point = o_s // (2 * P), o_s % (2 * P)
+    p_op = op + i_group * columns.OP
+    b_length = tl.load(p_op + columns.LENGTH, mask=i_group < count, other=0)
+    b_inputs = tl.load(p_op + columns.INPUTS, mask=i_group < count, other=0)
+    return tl.load(ids + b_inputs + i_point, mask=i_point < b_length, other=-1)
+
+
+@triton.jit
 def differences(
-    op, count, ids, p_virtual, p_output, base, p_slots, p_table, s_value, s_page, s_slot,
-    p_delta, root,
+    b_id, count, p_virtual, p_output, base, p_slots, p_table, s_value, s_page, s_slot, p_delta,
+    root,
     D: tl.constexpr, D_PAD: tl.constexpr, P: tl.constexpr, B: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Pair differences fp32 [B, P, P] of up to B groups of one tile each, for the Gaussian kernel.
+    """Pair differences fp32 [B, P, P] of the groups of `points`, for the Gaussian kernel.
 
     The groups share one matrix product: what it computes between groups is thrown away.
 
     D_ij = (k(2i, 2j) - k(2i + 1, 2j)) - (k(2i, 2j + 1) - k(2i + 1, 2j + 1)), as in the reference:
     a sum of two numbers does not depend on their order.
     """
-    S: tl.constexpr = B * 2 * P  # the groups' points, one after the other
-    o_s, o_d, o_p = tl.arange(0, S), tl.arange(0, D_PAD), tl.arange(0, B * P)
-    i_group, i_point = o_s // (2 * P), o_s % (2 * P)
-    p_op = op + i_group * columns.OP
-    b_length = tl.load(p_op + columns.LENGTH, mask=i_group < count, other=0)
-    b_inputs = tl.load(p_op + columns.INPUTS, mask=i_group < count, other=0)
-    m = i_point < b_length
-    i_slot = entry(tl.load(ids + b_inputs + i_point, mask=m, other=0), p_virtual, p_output, base, m)
+    S: tl.constexpr = B * 2 * P
+    o_d, o_p = tl.arange(0, D_PAD), tl.arange(0, B * P)
+    m = b_id >= 0
+    i_slot = entry(b_id, p_virtual, p_output, base, m)
     p_k = slot_rows(i_slot, p_slots, p_table, s_page, s_slot, BLOCK_SIZE)
     m_row = m[:, None] & (o_d < D)[None, :]
     b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_row, other=0.0)
