@@ -87,6 +87,7 @@ class ServerConfig:
     window: int | None = None
     interval: int | None = None
     group: int | None = None
+    exponent: float = 1.0
 
     @classmethod
     def parse(cls, raw: object) -> ServerConfig:
@@ -111,6 +112,7 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None:
                 _integer(f"express.{name}", value, 0, None)
+        _share("express.exponent", self.exponent)
         _integer("express.sinks", self.sinks, 0, 64)
         _integer("express.seed", self.seed, 0, MAX_SEED)
         _choice("express.mode", self.mode, MODES)
@@ -134,7 +136,7 @@ class ServerConfig:
     def shape(self, slots: int, profile: str) -> Shape:
         return make_shape(
             slots, schedule=self.schedule, profile=profile, sinks=self.sinks, heavy=self.heavy,
-            window=self.window, interval=self.interval, group=self.group,
+            window=self.window, interval=self.interval, group=self.group, exponent=self.exponent,
         )  # fmt: skip
 
     def memory_cap(self, max_model_len: int) -> int:
@@ -256,6 +258,11 @@ def _integer(field: str, value: object, low: int, high: int | None) -> None:
         raise BudgetError(field, value, f"it must be {allowed}")
     if value < low or (high is not None and value > high):
         raise BudgetError(field, value, f"it must be {allowed}")
+
+
+def _share(field: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise BudgetError(field, value, "it must be a number from 0 to 1")
 
 
 def _choice(field: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -23,7 +23,8 @@ the `lazy` one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -42,10 +43,12 @@ HALVE, DRAW = 0, 1
 
 
 class Segment(NamedTuple):
-    """`length` consecutive slots whose entries stand for `weight` tokens each."""
+    """`length` consecutive slots whose entries stand for `weight` tokens each, and what that adds
+    to their attention scores: log2 of weight^exponent."""
 
     length: int
     weight: int
+    log2_weight: float
 
 
 class Op(NamedTuple):
@@ -68,6 +71,8 @@ class Shape:
 
     `slots` is the most that the request ever holds; `ring` of them, the last ones, keep queries.
     `capacity` is the coreset's area (lazy); `target`, `inflation` are the paper's n_out and m-bar.
+    An entry that stands for w tokens attends with weight w^exponent: 1, as published, has no bias,
+    less has less noise (docs/algorithm.md).
     """
 
     schedule: str
@@ -82,6 +87,7 @@ class Shape:
     rho: float = 1.0
     target: int = 0
     inflation: int = 0
+    exponent: float = 1.0
 
     @property
     def first_event(self) -> int:
@@ -114,6 +120,7 @@ def make_shape(
     window: int | None = None,
     interval: int | None = None,
     group: int | None = None,
+    exponent: float = 1.0,
 ) -> Shape:
     """Divide `slots` among sinks, heavy hitters, coreset, window, interval and ring.
 
@@ -127,7 +134,7 @@ def make_shape(
     if profile not in PROFILES:
         raise ValueError(f"profile {profile!r} is not one of {', '.join(PROFILES)}")
     if schedule == "paper":
-        return _paper_shape(slots, sinks, window, interval)
+        return replace(_paper_shape(slots, sinks, window, interval), exponent=exponent)
     heavy = slots // 8 if heavy is None else heavy
     window = slots // 4 if window is None else window
     interval = _power_of_two_below(slots // 8, RING_ROWS, 512) if interval is None else interval
@@ -147,8 +154,9 @@ def make_shape(
             f"at least {slots // 8} are needed"
         )
     return Shape(
-        schedule, slots, ring, sinks, heavy, window, interval, capacity, group, PROFILES[profile]
-    )
+        schedule, slots, ring, sinks, heavy, window, interval, capacity, group, PROFILES[profile],
+        exponent=exponent,
+    )  # fmt: skip
 
 
 def _paper_shape(slots: int, sinks: int, window: int | None, interval: int | None) -> Shape:
@@ -229,13 +237,16 @@ class Layout:
         """The live slots in order; lengths sum to `live(tokens)`, length * weight to `tokens`."""
         done = self.events_done(tokens)
         if done == 0:
-            return [Segment(tokens, 1)] if tokens else []
+            return [self._segment(tokens, 1)] if tokens else []
         event = self.event(done - 1)
-        parts = [Segment(self.shape.sinks + self.shape.heavy, 1)]
-        parts += [Segment(size, 1 << w) for w, size in reversed(list(enumerate(event.levels)))]
-        parts.append(Segment(1 if event.drawn else 0, event.drawn))
-        parts.append(Segment(self.shape.window + tokens - event.position, 1))
-        return [part for part in parts if part.length]
+        parts = [(self.shape.sinks + self.shape.heavy, 1)]
+        parts += [(size, 1 << w) for w, size in reversed(list(enumerate(event.levels)))]
+        parts.append((1 if event.drawn else 0, event.drawn))
+        parts.append((self.shape.window + tokens - event.position, 1))
+        return [self._segment(*part) for part in parts if part[0]]
+
+    def _segment(self, length: int, weight: int) -> Segment:
+        return Segment(length, weight, self.shape.exponent * math.log2(weight))
 
     def reserved(self, tokens: int) -> int:
         """Slots that must be allocated once `tokens` tokens are stored: never shrinks in a request.

@@ -210,15 +210,16 @@ def test_the_heaviest_candidates_stay_and_ties_keep_the_first(heavy, incoming, s
 
 
 @pytest.mark.parametrize(
-    ("schedule", "slots", "size", "group", "counts"),
+    ("options", "slots", "size", "group", "counts"),
     [
-        ("lazy", 128, 64, 2, [63, 65, 111, *[1] * 9]),
-        ("paper", 128, 64, 1, [64, 137, *[1] * 35]),
+        ({}, 128, 64, 2, [63, 65, 111, *[1] * 9]),
+        ({"exponent": 0.5}, 128, 64, 2, [200, *[1] * 35]),
+        ({"schedule": "paper"}, 128, 64, 1, [64, 137, *[1] * 35]),
     ],
 )
-def test_a_request_equals_the_oracle(schedule, slots, size, group, counts):
+def test_a_request_equals_the_oracle(options, slots, size, group, counts):
     heads, total = 1, sum(counts)
-    layout = Layout(make_shape(slots, schedule=schedule))
+    layout = Layout(make_shape(slots, **options))
     batch = tokens(total, heads, group, size, torch.float32)
     runner = Runner(layout, torch.float32, size, heads=heads, group=group)
     outputs = drive(runner, batch, counts)

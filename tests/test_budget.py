@@ -103,6 +103,7 @@ def test_no_legal_budget_is_exceeded(memory, data, prompt, profile, schedule):
         ({"memory_tokens": 5}, ["express.memory_tokens", "5", "128"]),
         ({"memory_tokens": 4096, "max_memory_tokens": 2048}, ["max_memory_tokens", "4096"]),
         ({"schedule": "eager"}, ["express.schedule", "lazy, paper"]),
+        ({"exponent": 1.5}, ["express.exponent", "1.5", "from 0 to 1"]),
         ({"window": 2000}, ["express.memory_tokens", "2000"]),
         (["x"], ["express", "object"]),
     ],

@@ -27,7 +27,9 @@ def test_decisions_equal_the_reference(head_size, schedule, index):
     source, rows = state(event, head_size, heads, index)
     target = np.full_like(source, np.nan)
     segments = layout.segments(event.position)
-    bias = np.concatenate([np.full(s.length, np.log(s.weight), np.float32) for s in segments])
+    bias = np.concatenate(
+        [np.full(s.length, np.log(2) * s.log2_weight, np.float32) for s in segments]
+    )
     order = compaction.compact(
         source,
         target,

@@ -90,28 +90,27 @@ def chunks(total, size):
 
 
 @pytest.mark.parametrize(
-    ("head_size", "dtype", "schedule"),
+    ("head_size", "dtype", "options"),
     [
-        (64, torch.float32, "lazy"),
-        (96, torch.bfloat16, "lazy"),
-        (128, torch.float16, "lazy"),
-        (256, torch.float32, "paper"),
+        (64, torch.float32, {}),
+        (64, torch.float32, {"exponent": 0.5}),
+        (96, torch.bfloat16, {}),
+        (128, torch.float16, {}),
+        (256, torch.float32, {"schedule": "paper"}),
     ],
 )
-def test_equals_the_oracle(head_size, dtype, schedule):
+def test_equals_the_oracle(head_size, dtype, options):
     total = 700
     batch = make_batch(total, head_size, 0, dtype)
     runner = Runner(head_size, dtype, 16)
     sequence = runner.start(batch, memory_tokens=192)
-    if schedule == "paper":
-        budget = resolve(
-            {"express_memory_tokens": 192},
-            ServerConfig(seed=9, schedule="paper"),
-            prompt_tokens=total,
-            max_tokens=0,
-            max_model_len=8192,
-        )
-        sequence.budget = budget
+    sequence.budget = resolve(
+        {"express_memory_tokens": 192},
+        ServerConfig(seed=9, **options),
+        prompt_tokens=total,
+        max_tokens=0,
+        max_model_len=8192,
+    )
     outputs = drive(runner, sequence, [*chunks(500, 90), *[1] * (total - 500)]).double()
     layout = sequence.budget.layout
     for head in range(KV_HEADS):

@@ -91,7 +91,7 @@ def test_seed_layer_and_head_choose_differently():
 
 def test_weighted_attention_counts_an_entry_weight_times():
     queries, keys, values = tokens(8)
-    layout = Layout(make_shape(160))
+    layout = Layout(make_shape(160, exponent=1))
     segments = layout.segments(700)
     live = layout.live(700)
     weights = torch.tensor([s.weight for s in segments for _ in range(s.length)])

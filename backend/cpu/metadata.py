@@ -88,7 +88,7 @@ def log_weights(layout: Layout | None, tokens: int) -> np.ndarray | None:
     if layout is None or layout.events_done(tokens) == 0:
         return None
     segments = layout.segments(tokens)
-    logs = np.log(np.array([s.weight for s in segments], np.float64)).astype(np.float32)
+    logs = (np.log(2) * np.array([s.log2_weight for s in segments])).astype(np.float32)
     return np.repeat(logs, [s.length for s in segments])
 
 

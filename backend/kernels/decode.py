@@ -37,9 +37,8 @@ def segment_steps(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
     steps = np.zeros(MAX_SEGMENTS, np.float32)
     slot, before = 0, 0.0
     for i, segment in enumerate(segments):
-        weight = float(np.log2(segment.weight))
-        starts[i], steps[i] = slot, weight - before
-        slot, before = slot + segment.length, weight
+        starts[i], steps[i] = slot, segment.log2_weight - before
+        slot, before = slot + segment.length, segment.log2_weight
     return starts, steps
 
 

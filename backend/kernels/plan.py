@@ -9,7 +9,6 @@ Operations that read no output of each other form a *round* and run side by side
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import numpy as np
@@ -96,7 +95,7 @@ class EventTables:
         else:
             event = self.layout.event(events - 1)
             parts = self.layout.segments(event.position + 1)
-            logs = [np.full(s.length, math.log2(s.weight), np.float32) for s in parts]
+            logs = [np.full(s.length, s.log2_weight, np.float32) for s in parts]
             bias = np.concatenate(logs)[: event.live_after - self.layout.shape.window]
         self.bias_offsets.append(self._bias_used)
         self._bias.append(bias)

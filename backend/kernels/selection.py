@@ -114,17 +114,13 @@ def score_stored(
     for i_slice in range(member, SLICES, team):
         b_peak = tl.full([ROWS, BLOCK], LOW, tl.float32)
         b_total = tl.zeros([ROWS, BLOCK], tl.float32)
-        b_k, b_bias = stored_tile(
-            i_slice * BLOCK + o_n, stored, p_virtual, p_bias, p_slots, p_table, s_page, s_slot, o_d,
-            m_d, BLOCK_SIZE,
-        )  # fmt: skip
         for first in range(i_slice * BLOCK, stored, SLICES * BLOCK):
             i_slot = first + o_n
-            # The next tile is on its way while this one is worked off.
-            b_next, b_next_bias = stored_tile(
-                i_slot + SLICES * BLOCK, stored, p_virtual, p_bias, p_slots, p_table, s_page,
-                s_slot, o_d, m_d, BLOCK_SIZE,
-            )  # fmt: skip
+            m_slot = i_slot < stored
+            i_source = tl.load(p_virtual + i_slot, mask=m_slot, other=0)
+            b_bias = tl.load(p_bias + i_slot, mask=m_slot, other=0.0)
+            p_k = slot_rows(i_source, p_slots, p_table, s_page, s_slot, BLOCK_SIZE)
+            b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
             b_score = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * scale
             b_score += b_bias[None, :] * 0.6931471805599453
             i_heavy = i_slot - sinks
@@ -132,31 +128,15 @@ def score_stored(
             tl.store(
                 p_score + i_heavy[None, :] * ROWS + o_r[:, None], b_score, mask=m_heavy[None, :]
             )
-            m_slot = (i_slot < stored)[None, :]
-            b_score = tl.where(m_slot, b_score, LOW)
+            b_score = tl.where(m_slot[None, :], b_score, LOW)
             b_new = tl.maximum(b_peak, b_score)
             b_total *= tl.exp(b_peak - b_new)
-            b_total += tl.where(m_slot, tl.exp(b_score - b_new), 0.0)
+            b_total += tl.where(m_slot[None, :], tl.exp(b_score - b_new), 0.0)
             b_peak = b_new
-            b_k, b_bias = b_next, b_next_bias
         b_most = tl.max(b_peak, 1)
         tl.store(p_part + i_slice * (2 * ROWS) + o_r, b_most)
         b_sum = tl.sum(b_total * tl.exp(b_peak - b_most[:, None]), 1)
         tl.store(p_part + i_slice * (2 * ROWS) + ROWS + o_r, b_sum)
-
-
-@triton.jit
-def stored_tile(
-    i_slot, stored, p_virtual, p_bias, p_slots, p_table, s_page, s_slot, o_d, m_d,
-    BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
-    """Keys [N, d] and log2 weights [N] of stored slots; zeros behind the last one."""
-    m_slot = i_slot < stored
-    i_source = tl.load(p_virtual + i_slot, mask=m_slot, other=0)
-    b_bias = tl.load(p_bias + i_slot, mask=m_slot, other=0.0)
-    p_k = slot_rows(i_source, p_slots, p_table, s_page, s_slot, BLOCK_SIZE)
-    m_k = m_slot[:, None] & m_d[None, :]
-    return tl.load(p_k[:, None] + o_d[None, :], mask=m_k, other=0.0), b_bias
 
 
 @triton.jit

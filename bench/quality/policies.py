@@ -2,8 +2,8 @@
 
 exact                       every token
 express                     ours, the default; options of the shape: schedule, profile, sinks,
-                            heavy, window, interval, group; kernel = gaussian, exponential or
-                            (CPU) uniform.  A size may be a share of the slots: heavy=0.25
+                            heavy, window, interval, group, exponent; kernel = gaussian, exponential
+                            or (CPU) uniform.  A size may be a share of the slots: heavy=0.25
 paper                       published Express, as rebuilt (docs/algorithm.md)
 uniform                     our schedule with coins; uniform:schedule=paper for the published one
 streaming                   StreamingLLM, evicting at every token
@@ -55,7 +55,7 @@ class Policy:
             raise ValueError(f"policy {name!r} is not one of {', '.join(NAMES)}")
         allowed = {"exact": (), "streaming": ("sinks",)}.get(
             name,
-            ("schedule", "profile", "kernel", *SHAPE_SIZES) if name in OURS
+            ("schedule", "profile", "kernel", "exponent", *SHAPE_SIZES) if name in OURS
             else ("interval", "sinks", "recent"),
         )  # fmt: skip
         options: dict[str, Any] = {}
@@ -63,7 +63,7 @@ class Policy:
             key, _, value = part.partition("=")
             if key not in allowed:
                 raise ValueError(f"policy {name!r} has no option {key!r}: {', '.join(allowed)}")
-            options[key] = _value(value, slots)
+            options[key] = float(value) if key == "exponent" else _value(value, slots)
         return cls(name, slots, options)
 
     @property

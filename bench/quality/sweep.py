@@ -13,6 +13,7 @@ AXES = {
     "window": tuple(f"express:window={x}" for x in ("0.0625", "0.125", "0.375", "0.5")),
     "heavy": tuple(f"express:heavy={x}" for x in ("0", "0.0625", "0.25", "0.375")),
     "group": tuple(f"express:group={n}" for n in (8, 16, 32, 128, 256)),
+    "exponent": tuple(f"express:exponent={x}" for x in (0, 0.5, 0.65, 0.75, 0.85)),
     "interval": tuple(f"express:interval={n}" for n in (32, 64, 128, 256, 512)),
     "together": ("express:window=0.125,heavy=0.25", "express:window=0.375,heavy=0.25",
                  "express:window=0.125,heavy=0.375", "express:window=0.375,heavy=0.0625",

@@ -12,9 +12,9 @@ from ..layout import Segment
 
 
 def log_weights(segments: Sequence[Segment], dtype: torch.dtype = torch.float64) -> Tensor:
-    """log w of every live slot, [live]."""
+    """Natural log of the weight that every live slot attends with, [live]."""
     return torch.cat(
-        [torch.full((s.length,), math.log(s.weight), dtype=dtype) for s in segments]
+        [torch.full((s.length,), math.log(2) * s.log2_weight, dtype=dtype) for s in segments]
         or [torch.zeros(0, dtype=dtype)]
     )
 
