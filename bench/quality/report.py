@@ -31,7 +31,7 @@ def write() -> None:
     parts = [HEAD]
     for path in sorted(RESULTS.glob("quality-*.json"), key=_order):
         stored = json.loads(path.read_text())
-        section = SECTIONS[stored["experiment"]]
+        section = _sections()[stored["experiment"]]
         parts.append(section(path.stem, stored))
     parts.append(_texts())
     DOCUMENT.write_text("\n".join(parts))
@@ -40,7 +40,13 @@ def write() -> None:
 
 def _order(path: Path) -> tuple[int, str]:
     stored = json.loads(path.read_text())
-    return list(SECTIONS).index(stored["experiment"]), path.stem
+    return list(_sections()).index(stored["experiment"]), path.stem
+
+
+def _sections() -> dict[str, Callable[[str, dict[str, Any]], str]]:
+    from .paper import tables  # which draws with what is below
+
+    return SECTIONS | tables.SECTIONS
 
 
 def title(label: str) -> str:

@@ -1,0 +1,79 @@
+"""What the experiments share: a loaded model, batches of documents, a clock."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..caches import ExactCache
+from ..harness import Heads, LayerCache
+
+Rows = list[dict[str, Any]]
+#: Rows and what else belongs into the result file.
+Result = tuple[Rows, dict[str, Any]]
+
+
+@dataclass
+class Run:
+    """A model, its documents (name -> token ids) and the command's options."""
+
+    model: Any
+    heads: Heads
+    tokenizer: Any
+    documents: dict[str, list[int]]
+    options: argparse.Namespace
+    title: str
+
+    def batches(self, stop: int) -> Iterator[tuple[list[str], Tensor]]:
+        """Names and the first `stop` token ids [B, stop] of some documents at a time."""
+        names = list(self.documents)
+        for at in range(0, len(names), self.options.batch):
+            part = names[at : at + self.options.batch]
+            ids = torch.tensor([self.documents[name][:stop] for name in part])
+            yield part, ids.to(self.model.device)
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def last_replaced(heads: Heads, caches: Sequence[LayerCache], count: int) -> list[LayerCache]:
+    """Of `caches`, one a layer, only the last `count`; the layers before are exact."""
+    exact = heads.layers - count
+    return [*(ExactCache(heads) for _ in range(exact)), *caches[exact:]]
+
+
+def times(
+    run: Callable[[], object], device: torch.device, repeats: int = 7, seconds: float = 3.0,
+    together: int = 1, warm: bool = True,
+) -> list[float]:  # fmt: skip
+    """Milliseconds of `run`, each of `together` runs back to back: `repeats` of them, or fewer once
+    `seconds` are used up."""
+    if warm:
+        run()
+    found: list[float] = []
+    begin = time.monotonic()
+    while len(found) < repeats and (not found or time.monotonic() - begin < seconds):
+        found.append(_window(run, device, together))
+    return found
+
+
+def _window(run: Callable[[], object], device: torch.device, together: int) -> float:
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        for _ in range(together):
+            run()
+        return 1e3 * (time.perf_counter() - begin) / together
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    first.record()
+    for _ in range(together):
+        run()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / together
