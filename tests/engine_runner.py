@@ -1,7 +1,7 @@
 """Runs jobs on a real vLLM engine in a process of its own: JSON in on stdin, JSON out on a file.
 
-The engine core lives in this process when there is one worker, so that jobs can read the
-scheduler's own block accounting.  Used by test_engine.py.
+The engine core lives in this process, so that jobs can read the scheduler's own block accounting;
+several ranks are processes of their own.  Used by test_engine.py and test_tensor_parallel.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from collections import defaultdict
 from types import SimpleNamespace
 
 JOB = json.load(sys.stdin) if __name__ == "__main__" else {}
-if JOB.get("engine", {}).get("tensor_parallel_size", 1) == 1:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 if JOB.get("interpret"):
     # Model Runner V2 on a CPU: Triton's interpreter stands in for the backend that vLLM looks for.
     os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
@@ -28,16 +27,14 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
 class Engine:
-    """A vLLM `LLM` plus, with one worker, its scheduler's accounting."""
+    """A vLLM `LLM` plus its scheduler's accounting."""
 
     def __init__(self, arguments):
         from vllm import LLM
 
         self.llm = LLM(disable_log_stats=True, **arguments)
-        core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)
-        self.scheduler = getattr(core, "scheduler", None)
-        if self.scheduler is not None:
-            self._watch()
+        self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        self._watch()
 
     def _watch(self):
         scheduler = self.scheduler
@@ -60,7 +57,7 @@ class Engine:
         scheduler.schedule, scheduler._preempt_request = watched_schedule, watched_preempt
 
     def generate(self, requests, max_batched_tokens=None):
-        """All `requests` in one batch -> tokens, texts and, with one worker, accounting."""
+        """All `requests` in one batch -> tokens, texts and accounting."""
         from vllm import SamplingParams
 
         if max_batched_tokens:
@@ -76,25 +73,20 @@ class Engine:
             for r in requests
         ]
         prompts = [{"prompt_token_ids": r["prompt"]} for r in requests]
-        if self.scheduler is not None:
-            self.peaks.clear()
-            self.preemptions = 0
-            free = self.pool.get_num_free_blocks()
+        self.peaks.clear()
+        self.preemptions = 0
+        free = self.pool.get_num_free_blocks()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        result = {
+        return {
             "tokens": [list(o.outputs[0].token_ids) for o in outputs],
             "texts": [o.outputs[0].text for o in outputs],
             "margins": [margins(o.outputs[0].logprobs) for o in outputs],
+            "peak_blocks": max(self.peaks.values()),
+            "peaks": list(self.peaks.values()),  # in the order of the requests
+            "preemptions": self.preemptions,
+            "leaked": free - self.pool.get_num_free_blocks(),
+            "budgets_left": len(getattr(self.scheduler, "express_budgets", {})),
         }
-        if self.scheduler is not None:
-            result |= {
-                "peak_blocks": max(self.peaks.values()),
-                "peaks": list(self.peaks.values()),  # in the order of the requests
-                "preemptions": self.preemptions,
-                "leaked": free - self.pool.get_num_free_blocks(),
-                "budgets_left": len(getattr(self.scheduler, "express_budgets", {})),
-            }
-        return result
 
     def alone(self, requests, **kwargs):
         results = [self.generate([r], **kwargs) for r in requests]
@@ -102,7 +94,7 @@ class Engine:
             "tokens": [r["tokens"][0] for r in results],
             "texts": [r["texts"][0] for r in results],
             "margins": [r["margins"][0] for r in results],
-            "peak_blocks": [r.get("peak_blocks") for r in results],
+            "peak_blocks": [r["peak_blocks"] for r in results],
         }
 
     def aborts(self, requests, steps):
@@ -129,6 +121,10 @@ class Engine:
             "held": held,
             "budgets_left": len(self.scheduler.express_budgets),
         }
+
+    def collectives(self):
+        """What each rank said to the others since the last call (gloo_worker.py)."""
+        return self.llm.collective_rpc("collectives")
 
 
 def margins(logprobs):
