@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from itertools import pairwise
 from types import SimpleNamespace
@@ -318,3 +321,53 @@ def test_a_run_that_stops_keeps_what_is_complete(run, monkeypatch):
     assert size.accuracy(run, [128]) == []
     assert prefill.perplexity(run) == []
     assert Progress.stopped == ["nll", "perplexity"]
+
+
+ON_TRITON = """
+import torch
+from types import SimpleNamespace
+from bench import kernels as bench
+from bench.quality.harness import Heads
+from bench.quality.paper import kernels, latency
+from bench.quality.policies import Policy
+from express_vllm.layout import layout_for
+from express_vllm.reference.attention import log_weights
+from express_vllm.reference.cache import ExpressCache
+
+bench.HEADS, bench.KV_HEADS, bench.SIZE, bench.GROUP, bench.SCALE = 4, 2, 64, 2, 0.125
+bench.DEVICE, bench.DTYPE = torch.device("cpu"), torch.float32
+torch.cuda.Stream = lambda priority: None
+torch.manual_seed(0)
+batch = bench.random_tokens(170)
+policy = Policy.parse("express", 128)
+last = kernels.express(batch, 128, masked=False)()[:, -1]
+for h in range(2):
+    oracle = ExpressCache(layout_for(policy.shape()), 64, seed=7, layer=0, kv_head=h)
+    truth = oracle.extend(batch[0][:, 2 * h : 2 * h + 2], batch[1][:, h], batch[2][:, h])[-1]
+    assert torch.allclose(last[2 * h : 2 * h + 2], truth.float(), atol=1e-3), h
+
+heads = Heads(1, 4, 2, 64, 0.125, None, None)
+model = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+latency.Step._cpu = latency.Step._gpu
+for name in ("express", "streaming"):
+    segments = latency.held(Policy.parse(name, 128), 400)
+    step = latency.Step(heads, segments, 2, model)
+    logw = log_weights(segments, torch.float32)
+    dense = step.pages.unflatten(0, (2, step.blocks)).transpose(1, 2).flatten(2, 3)
+    key, value = (x.repeat_interleave(2, 1) for x in dense[:, :, : step.live].split(64, -1))
+    scores = torch.einsum("bhd,bhsd->bhs", step.query, key) / 8 + logw
+    truth = torch.einsum("bhs,bhsd->bhd", scores.softmax(-1), value)
+    assert torch.allclose(step.run(), truth, atol=1e-4), name
+print("same")
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles the kernels")
+def test_what_a_gpu_runs_is_right_in_tritons_interpreter():
+    """The last query, without a mask, sees what the causal one sees: the coreset and the window."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run(
+        [sys.executable, "-c", ON_TRITON], cwd=root, capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.stdout.strip().endswith("same"), done.stdout[-2000:] + done.stderr[-4000:]
