@@ -19,6 +19,11 @@ AXES = {
                  "express:window=0.125,heavy=0.375", "express:window=0.375,heavy=0.0625",
                  "express:window=0.125,heavy=0.125,profile=even",
                  "express:window=0.25,heavy=0.25,profile=even"),
+    # Less noise from weights leaves room for more tokens that are kept exactly.
+    "shrunk": tuple(f"express:exponent={e},heavy={h}{w}" for e, h, w in (
+        (0.75, 0.25, ""), (0.75, 0.375, ""), (0.75, 0.5, ",window=0.125"), (0.85, 0.25, ""),
+        (0.65, 0.25, ""), (0.65, 0.375, ""), (0.75, 0.25, ",window=0.375"),
+        (0.75, 0.375, ",window=0.125"), (0.75, 0.25, ",profile=even"))),
     "peers": ("streaming", "snapkv", "snapkv:recent=0.25", "snapkv:recent=0.5", "h2o",
               "h2o:recent=0.25", "expected", "expected:recent=0.5", "keydiff", "keydiff:recent=0.5",
               "knorm", "knorm:recent=0.5", "random"),
