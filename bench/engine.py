@@ -1,6 +1,7 @@
 """vLLM end to end on a GPU, express beside FLASH_ATTN: `python -m bench.engine`.
 
-A Llama-3.1-8B with random weights (its speed is that of the real one).  Two figures a backend:
+A Llama-3.1-8B with random weights (its speed is that of the real one), or a 70B over several GPUs:
+`--shape 70b --tensor-parallel-size 2 --name engine-70b`.  Two figures a backend:
 
 - time to first token of one prompt, median of the repeats;
 - tokens per second in long-form decoding with as many requests as fit: every request has a prompt
@@ -30,14 +31,24 @@ from bench import record
 
 BACKENDS = ("FLASH_ATTN", "express")
 PROMPT, OUTPUT = 1024, 8192
-#: Llama-3.1-8B's shape (its RoPE scaling does not change its speed).
+#: Llama-3.1's shapes (their RoPE scaling does not change their speed).
+SHAPES = {
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
+}
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "head_dim": 128,
     "vocab_size": 128256,
@@ -128,7 +139,7 @@ def fitting(engine: Engine, backend: str, options: argparse.Namespace) -> int:
 
 def measure(backend: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(CONFIG))
+        Path(folder, "config.json").write_text(json.dumps(CONFIG | SHAPES[options.shape]))
         begin = time.perf_counter()
         engine = Engine(backend, folder, options)
         row: dict[str, Any] = {
@@ -190,6 +201,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batched-tokens", type=int, default=8192)
     parser.add_argument("--window", type=int, default=256, help="steps a length; 0: no decoding")
     parser.add_argument("--whole", action="store_true", help="decode the whole output")
+    parser.add_argument("--shape", choices=SHAPES, default="8b", help="of Llama-3.1")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--name", default="engine", help="of the file in bench/results")
     parser.add_argument("--backends", nargs="*", default=BACKENDS)
