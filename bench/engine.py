@@ -5,8 +5,8 @@ A Llama-3.1-8B with random weights (its speed is that of the real one), or a 70B
 
 - time to first token of one prompt, median of the repeats;
 - tokens per second in long-form decoding with as many requests as fit: every request has a prompt
-  of 1K tokens and grows by 8K.  The step time is measured over `--window` steps at several lengths
-  on the way and averaged over the way (trapezoid); `--whole` decodes all of it instead.
+  of 1K tokens and grows by 8K or 16K.  The step time is measured over `--window` steps at several
+  lengths and averaged over the way; `--whole` decodes all of it instead.
 
 Each backend runs in a process of its own, one after the other on the same device.
 """
@@ -27,10 +27,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench import record
 
 BACKENDS = ("FLASH_ATTN", "express")
-PROMPT, OUTPUT = 1024, 8192
+PROMPT = 1024
 #: Llama-3.1's shapes (their RoPE scaling does not change their speed).
 SHAPES = {
     "8b": {
@@ -79,7 +81,7 @@ class Engine:
             arguments["additional_config"] = {"express": {"memory_tokens": options.memory}}
         self.llm = LLM(
             folder, attention_backend=backend, load_format="dummy", skip_tokenizer_init=True,
-            max_model_len=max(*options.lengths, PROMPT + OUTPUT) + 64,
+            max_model_len=max(*options.lengths, PROMPT + max(options.outputs)) + 64,
             max_num_batched_tokens=options.batched_tokens,
             enable_prefix_caching=False, max_num_seqs=256, dtype="bfloat16",
             tensor_parallel_size=options.tensor_parallel_size, disable_log_stats=True,
@@ -111,9 +113,10 @@ class Engine:
             self.engine.step()
         return time.perf_counter() - start
 
-    def decode(self, requests: int, length: int, window: int) -> tuple[float, int]:
-        """Seconds in which all requests gain `window` tokens, and the tokens of all together."""
-        names = [self.add(tokens(length, i), OUTPUT) for i in range(requests)]
+    def decode(self, requests: int, length: int, window: int, most: int) -> tuple[float, int]:
+        """Seconds in which all requests gain `window` tokens, and the tokens of all together; a
+        request asks for `most`."""
+        names = [self.add(tokens(length, i), most) for i in range(requests)]
         seen = dict.fromkeys(names, 0)
 
         def run_until(least: int) -> None:
@@ -125,15 +128,16 @@ class Engine:
         begin, base = time.perf_counter(), sum(seen.values())
         run_until(8 + window)
         seconds, count = time.perf_counter() - begin, sum(seen.values()) - base
-        if window + 8 < OUTPUT:
+        if window + 8 < most:
             self.engine.abort_request(names)
         while self.engine.has_unfinished_requests():
             self.engine.step()
         return seconds, count
 
 
-def fitting(engine: Engine, backend: str, options: argparse.Namespace) -> int:
-    each = options.memory if backend == "express" else PROMPT + OUTPUT
+def fitting(engine: Engine, backend: str, output: int, options: argparse.Namespace) -> int:
+    """Requests whose whole length fits."""
+    each = options.memory if backend == "express" else PROMPT + output
     return min(256, engine.slots() // each)
 
 
@@ -157,19 +161,37 @@ def measure(backend: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def long_form(engine: Engine, backend: str, options: argparse.Namespace) -> dict[str, Any]:
-    requests = fitting(engine, backend, options)
-    lengths = [PROMPT + i * (OUTPUT - 2 * options.window) // 2 for i in range(3)]
-    if options.whole:
-        seconds, count = engine.decode(requests, PROMPT, OUTPUT - 9)
-        return {"requests": requests, "tokens/s": round(count / seconds)}
-    steps = []
-    for length in lengths:
-        seconds, count = engine.decode(requests, length, options.window)
-        steps.append(seconds * requests / count)
-        print(f"{backend} at {length}: {1000 * steps[-1]:.2f} ms a step", file=sys.stderr)
-    mean = (steps[0] / 2 + sum(steps[1:-1]) + steps[-1] / 2) / (len(steps) - 1)
-    named = {f"step at {n}, ms": round(1000 * s, 2) for n, s in zip(lengths, steps, strict=True)}
-    return {"requests": requests, **named, "tokens/s": round(requests / mean)}
+    """Tokens per second for each length of output."""
+    row: dict[str, Any] = {}
+    known: dict[tuple[int, int], float] = {}
+    for output in options.outputs:
+        requests = fitting(engine, backend, output, options)
+        row[f"requests, {output} tokens of output"] = requests
+        if options.whole:
+            seconds, count = engine.decode(requests, PROMPT, output - 9, output)
+            row[f"tokens/s, {output} tokens of output"] = round(count / seconds)
+            continue
+        lengths = measured_lengths(backend, output, options)
+        for length in lengths:
+            if (requests, length) not in known:
+                seconds, count = engine.decode(requests, length, options.window, output)
+                known[requests, length] = step = seconds * requests / count
+                row[f"step of {requests} at {length}, ms"] = round(1000 * step, 2)
+                print(f"{backend} {requests} x {length}: {1000 * step:.2f} ms", file=sys.stderr)
+        steps = [known[requests, length] for length in lengths]
+        way = np.linspace(PROMPT, PROMPT + output, 1000)
+        mean = float(np.interp(way, lengths, steps).mean())
+        row[f"tokens/s, {output} tokens of output"] = round(requests / mean)
+    return row
+
+
+def measured_lengths(backend: str, output: int, options: argparse.Namespace) -> list[int]:
+    """Lengths at which the step is timed.  Past its budget a request's step does not depend on its
+    length, so express is not measured beyond twice the budget (`--whole` is the check)."""
+    last = PROMPT + output - options.window - 8
+    if backend == "express":
+        return [PROMPT, min(last, options.memory * 5 // 4), min(last, 2 * options.memory)]
+    return [PROMPT, (PROMPT + last) // 2, last]
 
 
 def in_process(backend: str) -> dict[str, Any]:
@@ -199,6 +221,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", type=int, default=2048, help="express's memory budget, tokens")
     parser.add_argument("--batched-tokens", type=int, default=8192)
+    parser.add_argument("--outputs", type=int, nargs="*", default=[8192, 16384])
     parser.add_argument("--window", type=int, default=256, help="steps a length; 0: no decoding")
     parser.add_argument("--whole", action="store_true", help="decode the whole output")
     parser.add_argument("--shape", choices=SHAPES, default="8b", help="of Llama-3.1")
