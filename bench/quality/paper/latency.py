@@ -27,12 +27,12 @@ POLICIES = ["express", "paper", "streaming"]
 FULL = {"length": 8192, "first": 512, "slots": [512, 1024, 2048, 4096], "policies": POLICIES}
 SMALL = {"length": 768, "first": 96, "slots": [128, 256, 384], "policies": POLICIES,
          "documents": 2}  # fmt: skip
-#: The CPU kernel and torch's both run on one thread in `--small` and take microseconds.
+#: Runs back to back in a repetition, since one takes microseconds.
 TOGETHER = 20
 
 
 def measure(run: Run) -> Result:
-    slots = size.budgets(run)
+    slots = size.budgets(run, run.options.length)
     requests = run.options.requests or (64 if run.model.device.type == "cuda" else 1)
     rows = durations(run, size.policies(run, slots), requests)
     rows += size.accuracy(run, slots)
@@ -55,7 +55,7 @@ def durations(run: Run, policies: Sequence[Policy], requests: int) -> Rows:
 
 
 def _row(label: str, slots: int, live: int, run: Callable[[], object], step: Step) -> dict:
-    found = times(run, step.device, 15, 2.0, TOGETHER)
+    found = times(run, step.device, 41, 2.0, TOGETHER)
     return {"what": "time", "policy": label, "slots": slots, "live": live,
             "us": [round(1e3 * x / step.requests, 4) for x in found]}  # fmt: skip
 

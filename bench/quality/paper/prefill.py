@@ -24,13 +24,14 @@ METHODS = ("express", "hyper", "streaming")
 
 
 def measure(run: Run) -> Result:
-    rows = perplexity(run)
+    rows: Rows = []
     if run.model.device.type == "cuda":
         from . import kernels
 
         rows += kernels.measure(run.options.lengths, run.options.slots[0])
     else:
-        print("the time of prefill attention needs a GPU: only perplexity was measured")
+        print("the time of prefill attention needs a GPU: only perplexity is measured")
+    rows += perplexity(run)
     return rows, {"slots": run.options.slots}
 
 

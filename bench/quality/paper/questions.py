@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -84,21 +86,36 @@ def ends(run: Run) -> list[int]:
     return stop if isinstance(stop, list) else [stop]
 
 
-def measure(run: Run, policies: Sequence[Policy]) -> Rows:
-    """A row per policy, slots and question."""
-    options, rows, stop = run.options, [], ends(run)
-    cases = read(options.data, options.questions)
-    total = len(policies) * len(cases) * options.answer * run.heads.layers
+@dataclass
+class Case:
+    prompt: list[int]
+    answer: str
+
+
+def cases(run: Run) -> list[Case]:
+    entries = read(run.options.data, run.options.questions)
+    return [Case(prompt(run, question), answer) for question, answer in entries]
+
+
+def measure(run: Run, asked: Sequence[Case], policies: Sequence[Policy]) -> Rows:
+    """A row per question, policy and slots; a question is stored once every policy answered it."""
+    options = run.options
+    rows: Rows = []
+    total = len(policies) * len(asked) * options.answer * run.heads.layers
     with Progress("questions", total) as progress:
-        for policy in policies:
-            for number, (question, answer) in enumerate(cases):
-                progress.say(f"{policy.label} {policy.slots}")
-                caches = policy.caches(run.heads, options.seeds[0])
-                stream = Stream(run.model, caches, tick=progress.step)
-                given = greedy(stream, prompt(run, question), options.answer, stop)
-                text = run.tokenizer.decode(given, skip_special_tokens=True)
-                rows.append({
-                    "what": "answers", "policy": policy.label, "slots": policy.slots,
-                    "question": number, "right": right(text, answer), "tokens": stream.tokens,
-                })  # fmt: skip
+        for number, case in enumerate(asked):
+            found = []
+            for policy in policies:
+                progress.say(f"{policy.label} {policy.slots}, question {number}")
+                found.append(_row(run, number, case, policy, progress))
+            rows += found
     return rows
+
+
+def _row(run: Run, number: int, case: Case, policy: Policy, progress: Progress) -> dict[str, Any]:
+    caches = policy.caches(run.heads, run.options.seeds[0])
+    stream = Stream(run.model, caches, tick=progress.step)
+    given = greedy(stream, case.prompt, run.options.answer, ends(run))
+    text = run.tokenizer.decode(given, skip_special_tokens=True)
+    return {"what": "answers", "policy": policy.label, "slots": policy.slots, "question": number,
+            "right": right(text, case.answer), "tokens": stream.tokens}  # fmt: skip

@@ -21,18 +21,21 @@ SMALL = {"length": 768, "first": 96, "policies": POLICIES, "documents": 2, "ques
 
 
 def measure(run: Run) -> Result:
-    slots = budgets(run)
+    slots = budgets(run, run.options.length)
     rows = accuracy(run, slots)
     if run.options.data:
-        rows += questions.measure(run, policies(run, slots))
+        # Answers are shorter than documents: their budgets are parts of the longest one.
+        asked = questions.cases(run)
+        longest = max(len(case.prompt) for case in asked) + run.options.answer
+        rows += questions.measure(run, asked, policies(run, budgets(run, longest)))
     return rows, {"slots": slots, "first": run.options.first}
 
 
-def budgets(run: Run) -> list[int]:
-    """The command's slots, or an eighth, a quarter and half of the length, where a cache fits."""
+def budgets(run: Run, length: int) -> list[int]:
+    """The command's slots, or an eighth, a quarter and half of `length`, where a cache fits."""
     if run.options.slots:
         return run.options.slots
-    return [n for n in (run.options.length // part for part in SHARES) if fits("express", n)]
+    return [n for n in (length // part for part in SHARES) if fits("express", n)]
 
 
 def fits(name: str, slots: int) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...record import table
-from .. import report
+from .. import policies, report
 from ..report import mean_error, shown
 from .common import Rows
 
@@ -27,6 +27,19 @@ THEIRS = (
 LINES = ("-", "--", "-.", ":")
 #: Mean and standard error of x, then of y.
 Point = tuple[float, float, float, float]
+
+
+def middle(values: Sequence[float]) -> tuple[float, float]:
+    """Median and half the interquartile range: others' load does not spread times evenly."""
+    if len(values) < 2:
+        return values[0], math.nan
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return median, (high - low) / 2
+
+
+def _duration(values: Sequence[float], digits: int = 1) -> str:
+    median, spread = middle(values)
+    return f"{median:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
 
 
 def _small(stored: dict[str, Any]) -> str:
@@ -107,7 +120,7 @@ def _replaced_plot(name: str, rows: Rows, base: Rows) -> str:
             gap = mean_error(_gap(_where(found, layers=count), base))
             lines[TITLES[method]].append((count, 0, *gap))
     return curves(f"{name}-perplexity", lines, "replaced layers, from the last one on",
-                  f"NLL gap, nats a token ({slots:,} slots)")  # fmt: skip
+                  f"NLL gap to the exact model, nats a token ({slots:,} slots)")  # fmt: skip
 
 
 def _times(name: str, rows: Rows) -> str:
@@ -121,7 +134,7 @@ def _times(name: str, rows: Rows) -> str:
             lines.append({"attention": TITLES[method], "mask": kind} | {
                 f"{n:,} tokens": _time(rows, masked, method, n)
                 for n in sorted(set(_distinct(rows, "tokens")))})  # fmt: skip
-            points[TITLES[method]] = [(r["tokens"], 0, *mean_error(r["ms"])) for r in found]
+            points[TITLES[method]] = [(r["tokens"], 0, *middle(r["ms"])) for r in found]
         what = f"one layer's {kind} prefill attention, ms"
         plots.append(
             curves(f"{name}-time-{kind}", points, "prompt, tokens", what, logarithmic=True)
@@ -129,9 +142,10 @@ def _times(name: str, rows: Rows) -> str:
     return "\n".join([
         "### Time of one layer's prefill attention", "",
         f"32 query and 8 KV heads of 128, bfloat16, batch 1, {rows[0]['slots']:,} slots, "
-        "compression included; ms, ± one standard error over repetitions, and in brackets how many "
-        "times faster than FlashAttention 2. Unmasked, Express lets all queries attend to what its "
-        "cache holds in the end. The HyperAttention-style estimator is plain torch in fp32: its "
+        "compression included; ms, median ± half the interquartile range of the repetitions, and "
+        "in brackets how many times faster than FlashAttention 2. Unmasked, Express lets all "
+        "queries attend to what its cache holds in the end. The HyperAttention-style estimator is "
+        "plain torch in fp32: its "
         f"time says how it grows, not how fast it can be. {THEIRS}",
         "", table(lines), "", *plots,
     ])  # fmt: skip
@@ -141,11 +155,11 @@ def _time(rows: Rows, masked: bool, method: str, tokens: int) -> str:
     found = _where(rows, causal=masked, method=method, tokens=tokens)
     if not found:
         return "-"
-    text = shown(found[0]["ms"], 2)
+    text = _duration(found[0]["ms"], 2)
     rival = _where(rows, causal=masked, method="FA2", tokens=tokens)
     if method == "FA2" or not rival:
         return text
-    ratio = statistics.fmean(rival[0]["ms"]) / statistics.fmean(found[0]["ms"])
+    ratio = middle(rival[0]["ms"])[0] / middle(found[0]["ms"])[0]
     return f"{text} ({ratio:.1f})"
 
 
@@ -159,6 +173,7 @@ def compress(name: str, stored: dict[str, Any]) -> str:
     for slots in _distinct(rows, "slots"):
         some = _where(rows, slots=slots)
         base = _where(some, what="nll", prefill="exact", method="full")
+        alone = _where(some, what="nll", method="itself")
         for kind in _distinct(some, "prefill"):
             for method in _distinct(_where(some, prefill=kind), "method"):
                 found = _where(some, prefill=kind, method=method)
@@ -172,6 +187,7 @@ def compress(name: str, stored: dict[str, Any]) -> str:
                     "prefill": kind, "method": TITLES[method], "slots": f"{slots:,}",
                     "used": f"{again[0]['used']:,.0f}",
                     "NLL gap": "0" if again == base else shown(gap),
+                    "above Express alone": "0" if again == alone else shown(_gap(again, alone)),
                     **{f"{task}, {what}": _share(found, task, what)
                        for task in ("needle", "pairs") for what in ("choice", "match")},
                 })  # fmt: skip
@@ -182,9 +198,10 @@ def compress(name: str, stored: dict[str, Any]) -> str:
             f"Prompts of {stored['length']:,} tokens, then {stored['continuation']} that are "
             "scored. A method compresses once, at the prompt's end, to so many slots that with the "
             "scored tokens it holds what Express alone may hold (*used*: per layer and KV head, "
-            "mean over layers; PyramidKV gives early layers more). NLL gap to exact attention and "
-            "nothing removed, ± one standard error over documents; *choice*: the right answer is "
-            "likelier than seven others; *match*: greedy decoding gives it.",
+            "mean over layers; PyramidKV gives early layers more), and fewer before. NLL gap to "
+            "exact attention and nothing removed, and document by document to Express alone, ± one "
+            "standard error over documents; *choice*: the right answer is likelier than seven "
+            "others; *match*: greedy decoding gives it.",
         ),
         table(lines), "", plot,
     ])  # fmt: skip
@@ -198,6 +215,17 @@ def _share(rows: Rows, task: str, what: str) -> str:
 # --- size and time ---
 
 
+def _in_order(labels: Sequence[str]) -> list[str]:
+    """Ours first, then as policies.py lists them, exact last."""
+    names = [name for name in policies.TITLES if name != "exact"]
+
+    def place(label: str) -> int:
+        name = label.partition(":")[0]
+        return names.index(name) if name in names else len(names)
+
+    return sorted(dict.fromkeys(labels), key=place)
+
+
 def _gaps(rows: Rows) -> dict[tuple[str, int], list[float]]:
     found = report.gaps(_where(rows, what="nll"))
     return {key: list(values.values()) for key, values in found.items()}
@@ -205,7 +233,7 @@ def _gaps(rows: Rows) -> dict[tuple[str, int], list[float]]:
 
 def size(name: str, stored: dict[str, Any]) -> str:
     gaps, slots = _gaps(stored["rows"]), stored["slots"]
-    labels = list(dict.fromkeys(label for label, _ in gaps))
+    labels = _in_order([label for label, _ in gaps])
     lines = [
         {"cache": report.title(label)} | {
             f"{n:,} slots": shown(gaps[label, n]) if (label, n) in gaps else "-" for n in slots}
@@ -225,46 +253,52 @@ def size(name: str, stored: dict[str, Any]) -> str:
             f"{shown(exact)}), ± one standard error over documents.",
         ),
         table(lines), "",
-        curves(name, points, "budget, slots", "NLL gap to exact attention, nats a token"),
-        *_answers(stored["rows"], slots),
+        curves(name, points, "budget, slots", "NLL gap to exact attention, nats a token",
+               dodge=True),
+        *_answers(stored["rows"]),
     ])  # fmt: skip
 
 
-def _answers(rows: Rows, slots: Sequence[int]) -> list[str]:
+def _answers(rows: Rows) -> list[str]:
     """Share of right greedy answers, if there was a file of questions."""
     asked = _where(rows, what="answers")
+    slots = sorted({row["slots"] for row in asked if row["slots"]})
     lines = []
     for label in _distinct(asked, "policy"):
         line = {"cache": report.title(label)}
-        for n in slots:
+        for n in slots or [0]:
             found = _where(asked, policy=label, slots=0 if label == "exact" else n)
             line[f"{n:,} slots"] = shown([float(r["right"]) for r in found], 2) if found else "-"
         lines.append(line)
-    return ["Share of right greedy answers:", "", table(lines), ""] if lines else []
+    head = f"Share of right greedy answers to {len(set(_distinct(asked, 'question')))} questions:"
+    return [head, "", table(lines), ""] if lines else []
 
 
 def time(name: str, stored: dict[str, Any]) -> str:
     rows, gaps = stored["rows"], _gaps(stored["rows"])
     lines, points = [], defaultdict(list)
-    for row in _where(rows, what="time"):
+    timed = _where(rows, what="time")
+    order = _in_order([row["policy"] for row in timed])
+    for row in sorted(timed, key=lambda r: (order.index(r["policy"]), r["slots"])):
         label, n = row["policy"], row["slots"]
         gap = [0.0] if label in ("exact", "torch") else gaps.get((label, n))
         title = {"exact": "exact, our kernel", "torch": "exact, torch SDPA"}.get(label)
         title = title or report.title(label)
         lines.append({
             "cache": title, "slots": f"{n:,}" if n else "all", "entries read": f"{row['live']:,}",
-            "µs a token": shown(row["us"], 1),
+            "µs a token": _duration(row["us"]),
             "NLL gap": "0" if not n else shown(gap) if gap else "-",
         })  # fmt: skip
         if gap:
-            points[title].append((*mean_error(row["us"]), *mean_error(gap)))
+            points[title].append((*middle(row["us"]), *mean_error(gap)))
     return "\n".join([
         report._head(
             "Paper: accuracy against attention's time a token" + _small(stored), stored,
             "One layer's decode attention with the model's heads, "
-            f"{stored['requests']} requests in a batch, each after {stored['length']:,} tokens: "
+            f"a batch of {stored['requests']}, each after {stored['length']:,} tokens: "
             "microseconds a token and request by the kernel that serves, compactions not included, "
-            "± one standard error over repetitions; NLL gap as in the table of sizes.",
+            "median ± half the interquartile range of the repetitions; NLL gap as in the table of "
+            "sizes, ± one standard error over documents.",
         ),
         table(lines), "",
         curves(name, points, "attention of one layer, µs a token",
@@ -273,15 +307,20 @@ def time(name: str, stored: dict[str, Any]) -> str:
 
 
 def curves(
-    name: str, lines: dict[str, list[Point]], x_axis: str, y_axis: str, logarithmic: bool = False
-) -> str:
-    """Lines with error bars that differ in marker, dash and grey."""
+    name: str, lines: dict[str, list[Point]], x_axis: str, y_axis: str, logarithmic: bool = False,
+    dodge: bool = False,
+) -> str:  # fmt: skip
+    """Lines with error bars that differ in marker, dash and grey; `dodge` sets those of equal x
+    side by side."""
     figure, axes = report._figure()
+    apart = 0.012 * max(p[0] for points in lines.values() for p in points) if dodge else 0.0
     for i, (label, points) in enumerate(lines.items()):
         x, x_error, y, y_error = zip(*points, strict=True)
+        beside = [value + apart * (i - (len(lines) - 1) / 2) for value in x]
         axes.errorbar(
-            x, y, xerr=_bars(x_error), yerr=_bars(y_error), label=label, capsize=3, markersize=6,
-            linestyle=LINES[i % len(LINES)], marker=report.MARKERS[i % len(report.MARKERS)],
+            beside, y, xerr=_bars(x_error), yerr=_bars(y_error), label=label, capsize=3,
+            markersize=6, linestyle=LINES[i % len(LINES)],
+            marker=report.MARKERS[i % len(report.MARKERS)],
             color=str(0.6 * i / max(1, len(lines) - 1)),
         )  # fmt: skip
     if logarithmic:
@@ -291,6 +330,7 @@ def curves(
         axes.set_xticks(ticks, [f"{int(n) // 1024}K" for n in ticks])
         axes.minorticks_off()
     else:
+        axes.margins(x=0.08)
         axes.set_xlim(left=0)
         axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel(x_axis)
