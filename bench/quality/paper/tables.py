@@ -120,7 +120,7 @@ def _replaced_plot(name: str, rows: Rows, base: Rows) -> str:
             gap = mean_error(_gap(_where(found, layers=count), base))
             lines[TITLES[method]].append((count, 0, *gap))
     return curves(f"{name}-perplexity", lines, "replaced layers, from the last one on",
-                  f"NLL gap to the exact model, nats a token ({slots:,} slots)")  # fmt: skip
+                  f"NLL gap, nats a token ({slots:,} slots)")  # fmt: skip
 
 
 def _times(name: str, rows: Rows) -> str:
