@@ -43,6 +43,14 @@ def _other_runner(config: Any) -> bool:
     return bool(config.use_v2_model_runner) != uses_triton()
 
 
+def _ray_past_workers(config: Any) -> bool:
+    """Whether vLLM's older Ray executor runs, which is chosen by an environment variable alone."""
+    from vllm import envs
+
+    backend = getattr(config.parallel_config, "distributed_executor_backend", None)
+    return backend == "ray" and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND
+
+
 def _parallel(name: str) -> Callable[[Any], bool]:
     return lambda config: getattr(config.parallel_config, name, 1) > 1
 
@@ -86,6 +94,11 @@ CONFLICTS = (
         "prefill context parallelism", _parallel("prefill_context_parallel_size"),
         "it spreads one sequence's tokens over ranks, a coreset is kept per sequence",
         "drop --prefill-context-parallel-size",
+    ),
+    Conflict(
+        "Ray's older executor", _ray_past_workers,
+        "it runs the model without the worker, which hands over the budgets",
+        "unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND or set it to 1",
     ),
     Conflict(
         "MLA models", _model("use_mla"),
@@ -179,9 +192,10 @@ def matrix() -> str:
         "| --- | --- |",
         *[f"| {name} | {reason} |" for name, reason in LAYER_CONFLICTS.items()],
         "",
-        "Works, and is tested: chunked prefill, preemption, tensor parallelism, abort, streaming,",
-        "mixed budgets and exact requests in one batch, float32, bfloat16 and float16 caches.",
+        "Works, and is tested: chunked prefill, preemption, abort, streaming, mixed budgets and",
+        "exact requests in one batch, float32, bfloat16 and float16 caches; on CPUs also tensor,",
+        "pipeline and data parallelism ([operations.md](operations.md#more-than-one-gpu)).",
         "On NVIDIA GPUs this was tried on one H100, end-to-end tests are still to be run there.",
-        "Not tried yet: pipeline parallelism, LoRA, structured output.",
+        "Not tried yet: several GPUs, LoRA, structured output.",
     ]
     return "\n".join(lines) + "\n"

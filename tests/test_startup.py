@@ -141,13 +141,22 @@ def test_each_conflict_is_seen(path, value, feature):
     assert found.feature == feature
 
 
+@pytest.mark.parametrize(("newer", "refused"), [("0", True), ("1", False)])
+def test_rays_older_executor_is_refused(monkeypatch, newer, refused):
+    """It calls the model runner itself: no step would know its budgets."""
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", newer)
+    ray = _fake_config(**{"parallel_config.distributed_executor_backend": "ray"})
+    assert [c.feature for c in conflicts.find_conflicts(ray)] == ["Ray's older executor"] * refused
+
+
 def test_the_attributes_that_conflicts_read_exist_in_vllm(model_path):
     """A renamed attribute would switch a refusal off silently."""
     config = engine_config(model_path)
     for path in (
         "cache_config.cache_dtype", "cache_config.kv_offloading_size", "kv_transfer_config",
         "speculative_config", "parallel_config.decode_context_parallel_size",
-        "parallel_config.prefill_context_parallel_size", "model_config.use_mla",
+        "parallel_config.prefill_context_parallel_size",
+        "parallel_config.distributed_executor_backend", "model_config.use_mla",
         "model_config.is_encoder_decoder", "model_config.is_hybrid",
         "model_config.is_attention_free", "model_config.runner_type", "kv_events_config",
         "additional_config", "attention_config.backend", "use_v2_model_runner",
