@@ -27,7 +27,8 @@ POLICIES = ["express", "paper", "streaming"]
 FULL = {"length": 8192, "first": 512, "slots": [512, 1024, 2048, 4096], "policies": POLICIES}
 SMALL = {"length": 768, "first": 96, "slots": [128, 256, 384], "policies": POLICIES,
          "documents": 2}  # fmt: skip
-#: Runs back to back in a repetition, since one takes microseconds.
+#: Repetitions, and runs back to back in each, since one takes microseconds.
+REPEATS = 41
 TOGETHER = 20
 
 
@@ -40,24 +41,30 @@ def measure(run: Run) -> Result:
 
 
 def durations(run: Run, policies: Sequence[Policy], requests: int) -> Rows:
-    """A row per policy and slots: microseconds a token, of every repetition."""
+    """A row per policy and slots: microseconds a token, of every repetition.
+
+    Repetitions go round the policies, so that other load on the machine meets all alike.
+    """
     rows: Rows = []
-    with Progress("durations", len(policies) + 1) as progress:
-        for policy in policies:
-            segments = held(policy, run.options.length)
-            step = Step(run.heads, segments, requests, run.model)
-            rows.append(_row(policy.label, policy.slots, step.live, step.run, step))
-            if policy.name == "exact":
-                rows.append(_row("torch", 0, step.live, step.torch, step))
+    timed: list[tuple[Callable[[], object], list[float]]] = []
+    for policy in policies:
+        step = Step(run.heads, held(policy, run.options.length), requests, run.model)
+        for label, work in _kernels(policy, step).items():
+            rows.append({"what": "time", "policy": label, "slots": policy.slots, "live": step.live,
+                         "us": []})  # fmt: skip
+            timed.append((work, rows[-1]["us"]))
+    with Progress("durations", REPEATS * len(timed)) as progress:
+        for _ in range(REPEATS):
+            for work, found in timed:
+                (ms,) = times(work, run.model.device, 1, together=TOGETHER)
+                found.append(round(1e3 * ms / requests, 4))
                 progress.step()
-            progress.step()
-    return rows
+    return [row for row in rows if row["us"]]
 
 
-def _row(label: str, slots: int, live: int, run: Callable[[], object], step: Step) -> dict:
-    found = times(run, step.device, 41, 2.0, TOGETHER)
-    return {"what": "time", "policy": label, "slots": slots, "live": live,
-            "us": [round(1e3 * x / step.requests, 4) for x in found]}  # fmt: skip
+def _kernels(policy: Policy, step: Step) -> dict[str, Callable[[], object]]:
+    """What is timed under which name: exact attention also by torch."""
+    return {policy.label: step.run} | ({"torch": step.torch} if policy.name == "exact" else {})
 
 
 def held(policy: Policy, tokens: int) -> list[Segment]:
