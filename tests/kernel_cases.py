@@ -10,7 +10,7 @@ import triton.language as tl
 from express_vllm import rng
 from express_vllm.backend.kernels import decode, reference, step
 from express_vllm.backend.kernels.rows import event_key, mix
-from express_vllm.backend.kernels.selection import choose_heavy
+from express_vllm.backend.kernels.selection import choose_heavy, weigh
 from express_vllm.backend.kernels.step import Chunk, StepPlan, Tuning
 from express_vllm.layout import RING_ROWS, Layout, make_shape
 from express_vllm.reference.cache import ExpressCache
@@ -72,7 +72,7 @@ class Runner:
             upcoming = shape.first_event + self.layout.events_done(n + 1) * shape.interval
             row = n - (upcoming - RING_ROWS)
             kept = shape.ring and row >= 0
-            rings.append(2 * (shape.slots - shape.ring) + row if kept else -1)
+            rings.append(decode.ring_word(shape.slots, shape.ring, row) if kept else -1)
             first, rise = decode.segment_steps(self.layout.segments(n + 1))
             starts.append(torch.from_numpy(first))
             steps.append(torch.from_numpy(rise))
@@ -180,9 +180,9 @@ def choose_kernel(
     score, part, near, total, bits, virtual, recent, stored, incoming, sinks, heavy,
     C: tl.constexpr,
 ):  # fmt: skip
-    choose_heavy(
-        score, part, near, total, bits, virtual, recent, stored, incoming, sinks, heavy, C, 8
-    )  # fmt: skip
+    weigh(score, part, near, total, bits, heavy + incoming, 0, 1, C, C // 8, 8)
+    tl.debug_barrier()
+    choose_heavy(bits, virtual, recent, stored, incoming, sinks, heavy, C)
 
 
 @pytest.mark.parametrize(
@@ -452,7 +452,7 @@ def test_a_graph_of_a_decode_step_replays():
         for r, count in enumerate(counts):
             segments = layout.segments(count) if count else []
             live[r] = sum(s.length for s in segments)
-            ring[r] = 2 * (layout.shape.slots - layout.shape.ring) + r if r % 2 else -1
+            ring[r] = decode.ring_word(layout.shape.slots, layout.shape.ring, r) if r % 2 else -1
             first, rise = decode.segment_steps(segments)
             starts[r], steps[r] = torch.from_numpy(first).to(DEVICE), torch.from_numpy(rise)
         output.fill_(torch.nan)

@@ -46,7 +46,7 @@ def test_decisions_equal_the_reference(head_size, schedule, index):
         oracle = ExpressCache(layout, head_size, seed=2**33 + 5, layer=3, kv_head=4 + head)
         live = torch.from_numpy(source[head, : event.live_before]).double()
         oracle.keys, oracle.values = live[:, :head_size], live[:, head_size:]
-        oracle.rows, oracle.tokens = torch.from_numpy(rows[head]).double(), event.position
+        oracle.rows, oracle.tokens = torch.from_numpy(rows[head])[:, None].double(), event.position
         oracle.positions = torch.arange(event.live_before)
         oracle._compact(event)
         assert order[head, : event.live_after].tolist() == oracle.positions.tolist()

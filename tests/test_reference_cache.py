@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from express_vllm.layout import Layout, make_shape
+from express_vllm.layout import RING_ROWS, Layout, make_shape
 from express_vllm.reference.attention import attend, log_weights
 from express_vllm.reference.cache import ExpressCache, draw
 
@@ -41,6 +41,26 @@ def test_exact_phase_is_exact_bit_for_bit(schedule):
     expected = exact(*batch)
     assert torch.equal(outputs[: shape.first_event], expected[: shape.first_event])
     assert not torch.equal(outputs[shape.first_event], expected[shape.first_event])
+
+
+def test_query_heads_take_turns_in_choosing_heavy_hitters():
+    """Row r of an event is head r mod G: what the others ask there does not matter."""
+    layout = Layout(make_shape(160))
+    queries, keys, values = tokens(layout.shape.first_event + 1)
+
+    def kept(changed):
+        cache = ExpressCache(layout, HEAD)
+        cache.extend(changed, keys, values)
+        return cache.positions
+
+    rows = layout.shape.first_event - RING_ROWS + torch.arange(RING_ROWS)
+    mine = torch.arange(RING_ROWS) % GROUP
+    others, own = queries.clone(), queries.clone()
+    others[rows] = torch.randn(RING_ROWS, GROUP, HEAD, dtype=torch.float64)
+    others[rows, mine] = queries[rows, mine]
+    own[rows, mine] = -queries[rows, mine]
+    assert torch.equal(kept(others), kept(queries))
+    assert not torch.equal(kept(own), kept(queries))
 
 
 @settings(max_examples=8, deadline=None)

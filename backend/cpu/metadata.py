@@ -67,11 +67,11 @@ class SequencePlan:
 
 @dataclass
 class RingWrite:
-    """Decode tokens whose query row must be kept: batch rows, pool slots, halves of the slots."""
+    """Decode tokens whose query row must be kept: batch rows, pool slots, rows of the ring."""
 
     tokens: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
-    halves: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -98,6 +98,13 @@ def ring_row(layout: Layout, position: int) -> int | None:
         return None
     row = position - (layout.next_event_position(position + 1) - RING_ROWS)
     return row if row >= 0 else None
+
+
+def ring_rows(layout: Layout, start: int, stop: int) -> np.ndarray:
+    """`ring_row` of positions [start, stop), int64; below 0: no event scores with it."""
+    shape, position = layout.shape, np.arange(start, stop)
+    done = np.maximum((position - shape.first_event) // shape.interval + 1, 0)
+    return position - (shape.first_event + done * shape.interval - RING_ROWS)
 
 
 def plan_pieces(layout: Layout | None, start: int, stop: int) -> list[Piece]:
@@ -189,7 +196,7 @@ class _Decodes:
         slot = layout.shape.slots - layout.shape.ring + kept // 2
         self.ring.tokens.append(token)
         self.ring.slots.append(int(row[slot // block_size]) * block_size + slot % block_size)
-        self.ring.halves.append(kept % 2)
+        self.ring.rows.append(kept)
 
     def batch(self) -> DecodeBatch | None:
         if not self.tokens:

@@ -14,6 +14,7 @@ from express_vllm.layout import RING_ROWS
 from .. import timing
 from . import compaction
 from .decode import decode_attention
+from .metadata import ring_rows
 from .prefill import attend_piece
 
 if TYPE_CHECKING:
@@ -64,8 +65,9 @@ class CpuPath:
 
     def _write_ring(self, query: Tensor, kv_cache: Tensor, plan: ExpressMetadata) -> None:
         ring, block_size = plan.ring, kv_cache.shape[2]
-        slots, halves = torch.tensor(ring.slots), torch.tensor(ring.halves)
-        rows = group_mean(query[torch.tensor(ring.tokens)], kv_cache.dtype)
+        slots, halves = torch.tensor(ring.slots), torch.tensor(ring.rows) % 2
+        tokens, turns = torch.tensor(ring.tokens), torch.tensor(ring.rows) % self.group
+        rows = query[tokens, :, turns].to(kv_cache.dtype)
         pages = kv_cache.unflatten(3, (2, self.size))
         pages[slots // block_size, :, slots % block_size, halves] = rows
 
@@ -89,7 +91,7 @@ class CpuPath:
         if slots:
             state[:, :slots] = self._read(kv_cache, plan.blocks, 0, slots)
         new = torch.cat([key[rows], value[rows]], -1).transpose(0, 1).float()
-        means = self._query_rows(queries, kv_cache, plan)
+        rows_of = self._query_rows(queries, kv_cache, plan)
         moved = False
         spare: Tensor | None = None
         for piece in plan.pieces:
@@ -103,26 +105,26 @@ class CpuPath:
                 )  # fmt: skip
             if piece.compaction is not None:
                 spare = torch.empty_like(state) if spare is None else spare
-                self._compact(state, spare, means, plan, piece.compaction)
+                self._compact(state, spare, rows_of, plan, piece.compaction)
                 state, spare = spare, state
                 moved = True
         first = 0 if moved else slots
         self._write(kv_cache, plan.blocks, first, state[:, first:final_live])
-        self._keep_query_rows(means, kv_cache, plan)
+        self._keep_query_rows(rows_of, kv_cache, plan)
 
     def _compact(
         self,
         state: Tensor,
         target: Tensor,
-        means: Tensor,
+        rows_of: Tensor,
         plan: SequencePlan,
         step: Compaction,
     ) -> None:
         assert plan.layout is not None
         shape = plan.layout.shape
-        # `means` starts RING_ROWS before the chunk, so the rows before the event start here.
+        # `rows_of` starts RING_ROWS before the chunk, so the rows before the event start here.
         first = step.event.position - plan.start
-        rows = means[:, first : first + RING_ROWS].contiguous().numpy()
+        rows = rows_of[:, first : first + RING_ROWS].contiguous().numpy()
         begin = time.perf_counter()
         compaction.compact(
             state.numpy(), target.numpy(), rows, step.log_weight, (step.event, shape, step.ops),
@@ -132,25 +134,28 @@ class CpuPath:
         timing.add(time.perf_counter() - begin)
 
     def _query_rows(self, queries: Tensor, kv_cache: Tensor, plan: SequencePlan) -> Tensor:
-        """Group-mean queries of positions [start - RING_ROWS, stop), fp32 [KV heads, ..., d].
+        """Query rows of positions [start - RING_ROWS, stop), fp32 [KV heads, ..., d].
 
-        Rows before `start` come from the ring if the next event scores with them, else they are 0.
+        The heads of a group take turns over an event's rows.  Rows before `start` come from the
+        ring if the next event scores with them, else they are 0.
         """
         count = plan.stop - plan.start
-        means = torch.zeros(self.kv_heads, RING_ROWS + count, self.size)
+        rows_of = torch.zeros(self.kv_heads, RING_ROWS + count, self.size)
         if plan.layout is None or not plan.layout.shape.ring:
-            return means
-        means[:, RING_ROWS:] = group_mean(queries, kv_cache.dtype).transpose(0, 1).float()
+            return rows_of
+        turns = torch.from_numpy(ring_rows(plan.layout, plan.start, plan.stop)) % self.group
+        rows = queries[torch.arange(count), :, turns].to(kv_cache.dtype)
+        rows_of[:, RING_ROWS:] = rows.transpose(0, 1).float()
         shape = plan.layout.shape
         kept = plan.start - (plan.layout.next_event_position(plan.start) - RING_ROWS)
         if kept > 0:
             slot = shape.slots - shape.ring
             ring = self._read(kv_cache, plan.blocks, slot, shape.slots)
             ring = ring.reshape(self.kv_heads, RING_ROWS, self.size)
-            means[:, RING_ROWS - kept : RING_ROWS] = ring[:, :kept]
-        return means
+            rows_of[:, RING_ROWS - kept : RING_ROWS] = ring[:, :kept]
+        return rows_of
 
-    def _keep_query_rows(self, means: Tensor, kv_cache: Tensor, plan: SequencePlan) -> None:
+    def _keep_query_rows(self, rows_of: Tensor, kv_cache: Tensor, plan: SequencePlan) -> None:
         """Store the rows that the event after this step will need."""
         if plan.layout is None or not plan.layout.shape.ring:
             return
@@ -160,7 +165,7 @@ class CpuPath:
             return
         ring = torch.zeros(self.kv_heads, RING_ROWS, self.size)
         stop = RING_ROWS + plan.stop - plan.start
-        ring[:, :kept] = means[:, stop - kept : stop]
+        ring[:, :kept] = rows_of[:, stop - kept : stop]
         slot = shape.slots - shape.ring
         rows = ring.reshape(self.kv_heads, shape.ring, 2 * self.size)
         self._write(kv_cache, plan.blocks, slot, rows)
@@ -185,14 +190,3 @@ class CpuPath:
                 :, slot - start : slot - start + length
             ]
             slot += length
-
-
-def group_mean(queries: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mean query of each KV head's group, [T, KV heads, G, d] -> [T, KV heads, d], as stored.
-
-    Summed head by head, so that a token's row does not depend on its chunk.
-    """
-    total = queries[:, :, 0].float()
-    for g in range(1, queries.shape[2]):
-        total = total + queries[:, :, g].float()
-    return (total / queries.shape[2]).to(dtype)

@@ -21,7 +21,7 @@ from . import columns
 from .halving import differences, entry, keep, long_tile, measure, points, walk
 from .launch import kernel
 from .rows import event_key, mix, request_slots, wait_until, wide
-from .selection import ROWS, choose_heavy, score_stored
+from .selection import ROWS, choose_heavy, score_stored, weigh
 
 _SIGN, _COMPLEMENT = tl.constexpr(STREAM_SIGN), tl.constexpr(STREAM_COMPLEMENT)
 _DRAWN, _DRAW = tl.constexpr(STREAM_DRAW), tl.constexpr(DRAW)
@@ -45,6 +45,7 @@ def compact_kernel(
     scratch_width: tl.int32, virtual_width: tl.int32, shared_width: tl.int32, team: tl.int32,
     D: tl.constexpr, D_PAD: tl.constexpr,
     C: tl.constexpr,  # candidates that are in registers at a time
+    SHARE: tl.constexpr,  # candidates that a member weighs at a time
     SLICES: tl.constexpr,  # parts of the stored slots: they order a sum
     BLOCK: tl.constexpr,
     G: tl.constexpr,  # halvings of a round that a program runs side by side
@@ -71,16 +72,16 @@ def compact_kernel(
     score_width = wide(score_width)
     i_team, member = tl.program_id(0) // team, tl.program_id(0) % team
     p_virtuals = virtual + tl.program_id(0).to(tl.int64) * (2 * virtual_width)
-    # Own scratch: differences, thresholds, psi, mean key, masses, signs.
+    # Own scratch: differences, thresholds, psi, mean key, signs.
     p_delta = scratch + tl.program_id(0).to(tl.int64) * scratch_width
     p_tau = p_delta + G * P * P
     p_psi = p_tau + G * P
     p_mean = p_psi + G * P
-    p_bits = (p_mean + D_PAD).to(tl.pointer_type(tl.int32))
-    p_sign = p_mean + D_PAD + score_width
-    # Shared: maxima and sums of every slice, the halvings' outputs.
+    p_sign = p_mean + D_PAD
+    # Shared: maxima and sums of every slice, the halvings' outputs, masses.
     p_parts = shared + i_team.to(tl.int64) * shared_width
     p_outputs = (p_parts + 4 * ROWS * SLICES).to(tl.pointer_type(tl.int32))
+    p_bits = p_outputs + 2 * virtual_width
     p_arrived = counters + 1 + i_team
     meetings = 0
     if SIGNAL:
@@ -152,9 +153,14 @@ def compact_kernel(
                 )  # fmt: skip
                 meetings += team
                 meet(p_arrived, meetings, team)
+                weigh(
+                    p_score, p_part, peak + i_row, total + i_row, p_bits, heavy + incoming, member,
+                    team, C, SHARE, SLICES,
+                )  # fmt: skip
+                meetings += team
+                meet(p_arrived, meetings, team)
                 choose_heavy(
-                    p_score, p_part, peak + i_row, total + i_row, p_bits, p_virtual, recent,
-                    stored, incoming, sinks, heavy, C, SLICES,
+                    p_bits, p_virtual, recent, stored, incoming, sinks, heavy, C
                 )  # fmt: skip
             else:
                 for j in range(0, incoming, WIDE):

@@ -21,7 +21,7 @@ SLICES = 8
 #: Most halvings of a round that one program runs side by side: a warp each.
 HALVINGS = 8
 #: Candidates for heavy hitters that are in registers at a time.
-_CANDIDATES = 512
+CANDIDATES = 512
 #: Entries that a program copies at a time.
 _WIDE = 2048
 #: Bytes of the keys that one batch of pair differences reads.
@@ -73,7 +73,8 @@ def _compaction(heavy: bool, long: bool, kernel: str, model: Model, paged: bool)
     together = max(1, min(halvings, 2, _OPERAND // (TILE_POINTS * padded * model.itemsize)))
     return Launch(
         (
-            model.size, padded, _CANDIDATES, SLICES, _scored(model), halvings,
+            model.size, padded, CANDIDATES, CANDIDATES if paged else CANDIDATES // SLICES,
+            SLICES, _scored(model), halvings,
             together, TILE_POINTS // 2, model.block_size if paged else 0, heavy,
             EXPONENTIAL if kernel == "exponential" else GAUSSIAN, long, _WIDE,
         ),

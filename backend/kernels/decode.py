@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from express_vllm.layout import Segment
+from express_vllm.layout import RING_ROWS, Segment
 
 from .launch import kernel
 from .pages import store_token_kernel
@@ -170,12 +170,18 @@ def decode_attention(
     return output
 
 
+def ring_word(slots: int, ring: int, row: int) -> int:
+    """Where the query of ring row `row` is kept, of a cache whose last `ring` of `slots` slots are
+    the ring: (2 slot + half) * RING_ROWS + row."""
+    return (2 * (slots - ring) + row) * RING_ROWS + row
+
+
 def store_tokens(
     query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, table: Tensor, live: Tensor,
     ring: Tensor,
 ) -> None:  # fmt: skip
     """Write each request's new key and value [R, KV heads, d] to slot live - 1 and, where ring
-    [R] int32 >= 0, its group-mean query to slot ring // 2, half ring % 2."""
+    [R] int32 >= 0, the query of one head to the ring: `ring_word`."""
     requests, kv_heads, size = key.shape
     s_page, s_head, s_slot, _ = kv_cache.stride()
     store_token_kernel[(requests, kv_heads)](

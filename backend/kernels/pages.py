@@ -15,16 +15,12 @@ ROWS = tl.constexpr(RING_ROWS)
 
 
 @triton.jit
-def group_mean(p_query, m, s_head, o_d, m_d, GROUP: tl.constexpr, DTYPE: tl.constexpr):
-    """Mean query of a KV head's group, rows p_query [N] -> [N, d], summed head by head, rounded as
-    stored."""
-    s_head = wide(s_head)
-    m_row = m[:, None] & m_d[None, :]
-    b_sum = tl.load(p_query[:, None] + o_d[None, :], mask=m_row, other=0.0).to(tl.float32)
-    for g in tl.static_range(1, GROUP):
-        p = p_query[:, None] + g * s_head + o_d[None, :]
-        b_sum += tl.load(p, mask=m_row, other=0.0).to(tl.float32)
-    return (b_sum / GROUP).to(DTYPE)
+def query_rows(p_query, m, s_head, o_r, o_d, m_d, GROUP: tl.constexpr, DTYPE: tl.constexpr):
+    """Query rows of an event, as stored: rows p_query [ROWS] of a KV head's first query head ->
+    [ROWS, d].  The heads of the group take turns."""
+    p = p_query + (o_r % GROUP) * wide(s_head)
+    b_row = tl.load(p[:, None] + o_d[None, :], mask=m[:, None] & m_d[None, :], other=0.0)
+    return b_row.to(DTYPE)
 
 
 @triton.jit
@@ -41,8 +37,8 @@ def keep_rows(
     m = (position >= start) & (position < tl.where(ring >= 0, tl.load(request + columns.STOP), 0))
     i_token = tl.load(request + columns.TOKEN) + position - start
     p_query = query + i_token * wide(s_query)
-    b_row = group_mean(
-        p_query + i_head * GROUP * wide(s_query_head), m, s_query_head, o_d, m_d, GROUP,
+    b_row = query_rows(
+        p_query + i_head * GROUP * wide(s_query_head), m, s_query_head, o_r, o_d, m_d, GROUP,
         pages.dtype.element_ty,
     )  # fmt: skip
     i_slot = tl.where(m, ring + o_r // 2, 0)
@@ -220,7 +216,7 @@ def move_kernel(
 @kernel
 def store_token_kernel(
     query, key, value, pages, table, live,
-    ring,  # int32 [R]: 2 * slot + half that keeps the query row; -1: none
+    ring,  # int32 [R]: (2 * slot + half) * ROWS + row of the query row to keep; -1: none
     s_query: tl.int32, s_query_head: tl.int32, s_key: tl.int32, s_key_head: tl.int32,
     s_value: tl.int32, s_value_head: tl.int32,
     s_page: tl.int64, s_head: tl.int64, s_slot: tl.int32, s_table: tl.int32,
@@ -243,10 +239,9 @@ def store_token_kernel(
     tl.store(p_row + D + o_d, b_v.to(pages.dtype.element_ty), mask=m_d)
     i_ring = tl.load(ring + i_request)
     if i_ring >= 0:
-        p_query = query + i_token * s_query + i_head * GROUP * s_query_head
-        b_sum = tl.load(p_query + o_d, mask=m_d, other=0.0).to(tl.float32)
-        for g in tl.static_range(1, GROUP):
-            b_sum += tl.load(p_query + g * s_query_head + o_d, mask=m_d, other=0.0).to(tl.float32)
-        p_row = slot_rows(i_ring // 2, p_slots, p_table, s_page, s_slot, BLOCK_SIZE)
-        p_row += (i_ring % 2) * D
-        tl.store(p_row + o_d, (b_sum / GROUP).to(pages.dtype.element_ty), mask=m_d)
+        turn, i_half = i_ring % ROWS % GROUP, i_ring // ROWS
+        p_query = query + i_token * s_query + (i_head * GROUP + turn) * s_query_head
+        b_row = tl.load(p_query + o_d, mask=m_d)
+        p_row = slot_rows(i_half // 2, p_slots, p_table, s_page, s_slot, BLOCK_SIZE)
+        p_row += (i_half % 2) * D
+        tl.store(p_row + o_d, b_row.to(pages.dtype.element_ty), mask=m_d)

@@ -13,7 +13,7 @@ from express_vllm.layout import RING_ROWS
 
 from . import columns
 from .launch import kernel
-from .pages import group_mean
+from .pages import query_rows
 from .rows import request_slots, slot_rows, wide
 
 ROWS = tl.constexpr(RING_ROWS)
@@ -72,8 +72,10 @@ def score_recent_kernel(
         i_token = (tl.load(instance + 3) + o_r).to(tl.int64)
         p_query = query + i_token * wide(s_query)
         p_query += i_head * GROUP * wide(s_query_head)
-        b_mean = group_mean(p_query, o_r >= kept, s_query_head, o_d, m_d, GROUP, b_q.dtype)
-        b_q = tl.where(m_ring[:, None], b_q, b_mean)
+        b_new_q = query_rows(
+            p_query, o_r >= kept, s_query_head, o_r, o_d, m_d, GROUP, b_q.dtype
+        )  # fmt: skip
+        b_q = tl.where(m_ring[:, None], b_q, b_new_q)
     i_row = ((i_layer * count + i_instance).to(tl.int64) * heads + i_head) * ROWS
     tl.store(rows + (i_row + o_r[:, None]) * D + o_d[None, :], b_q, mask=m_d[None, :])
     p_score = score + i_row * score_width
@@ -140,27 +142,39 @@ def score_stored(
 
 
 @triton.jit
-def choose_heavy(
-    p_score, p_part, p_near, p_near_total, p_bits, p_virtual, recent, stored, incoming, sinks,
-    heavy, C: tl.constexpr, SLICES: tl.constexpr,
+def weigh(
+    p_score, p_part, p_near, p_near_total, p_bits, candidates, member, team,
+    C: tl.constexpr, SHARE: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """Rewrite the virtual ids of the heavy hitters and of the candidates that join the coreset.
-
-    The first C candidates' masses stay in registers; those of further ones go to p_bits.
-    """
-    o_r, o_s, o_c = tl.arange(0, ROWS), tl.arange(0, SLICES), tl.arange(0, C)
-    candidates = heavy + incoming
+    """A member's share of the candidates' attention masses, to p_bits: int32, -1 up to a multiple
+    of C, SHARE at a time.  Non-negative floats sort as their bits do."""
+    o_r, o_s, o_c = tl.arange(0, ROWS), tl.arange(0, SLICES), tl.arange(0, SHARE)
     p_here = p_part + o_s[None, :] * (2 * ROWS) + o_r[:, None]
     b_tops, b_sums = tl.load(p_here), tl.load(p_here + ROWS)
     b_near, b_near_total = tl.load(p_near + o_r), tl.load(p_near_total + o_r)
     b_most = tl.maximum(tl.max(b_tops, 1), b_near)
     b_sum = tl.sum(b_sums * tl.exp(b_tops - b_most[:, None]), 1)
     b_share = 1.0 / (b_sum + b_near_total * tl.exp(b_near - b_most))
-    b_bits = mass_bits(p_score, 0, b_most, b_share, candidates, C)
-    for first in range(C, candidates, C):
-        b_more = mass_bits(p_score, first, b_most, b_share, candidates, C)
-        tl.store(p_bits + first + o_c, b_more)
-    tl.debug_barrier()
+    for first in range(member * SHARE, tl.cdiv(candidates, C) * C, team * SHARE):
+        i_candidate = first + o_c
+        p_mine = p_score + i_candidate[:, None] * ROWS + o_r[None, :]
+        b_mine = tl.load(p_mine, mask=(i_candidate < candidates)[:, None], other=LOW)
+        b_mass = tl.sum(tl.exp(b_mine - b_most[None, :]) * b_share[None, :], 1)
+        b_bits = tl.where(i_candidate < candidates, b_mass.to(tl.int32, bitcast=True), -1)
+        tl.store(p_bits + i_candidate, b_bits)
+
+
+@triton.jit
+def choose_heavy(
+    p_bits, p_virtual, recent, stored, incoming, sinks, heavy, C: tl.constexpr,
+):  # fmt: skip
+    """Rewrite the virtual ids of the heavy hitters and of the candidates that join the coreset.
+
+    p_bits: the candidates' masses (`weigh`); those of the first C stay in registers.
+    """
+    o_c = tl.arange(0, C)
+    candidates = heavy + incoming
+    b_bits = tl.load(p_bits + o_c)
     threshold, count = largest(b_bits, p_bits, candidates, heavy, C)
     # Ties at the threshold: the lower candidates stay.
     room = heavy
@@ -189,19 +203,6 @@ def choose_heavy(
         tl.debug_barrier()
         tl.store(p_virtual + b_target, b_entry, mask=i_candidate < candidates)
     tl.debug_barrier()
-
-
-@triton.jit
-def mass_bits(p_score, first, b_most, b_share, count, C: tl.constexpr):
-    """Attention masses of candidates [first, first + C) as int32, -1 for absent ones.
-
-    Non-negative floats sort as their bits do.
-    """
-    i_candidate = first + tl.arange(0, C)
-    p_mine = p_score + i_candidate[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-    b_mine = tl.load(p_mine, mask=(i_candidate < count)[:, None], other=LOW)
-    b_mass = tl.sum(tl.exp(b_mine - b_most[None, :]) * b_share[None, :], 1)
-    return tl.where(i_candidate < count, b_mass.to(tl.int32, bitcast=True), -1)
 
 
 @triton.jit

@@ -257,10 +257,11 @@ class Work:
         pairs = plan.TILE_POINTS // 2
         halvings = constants.HALVINGS if paged and not plan.is_long(tables.layout.shape) else 1
         signs = _cdiv(tables.longest, 2 * pairs) * pairs
+        masses = _cdiv(step.candidates, constants.CANDIDATES) * constants.CANDIDATES
         scratch_width, virtual_width = (
             _cdiv(n, 64) * 64
             for n in (
-                halvings * pairs * (pairs + 2) + model.padded + step.candidates + 512 + signs,
+                halvings * pairs * (pairs + 2) + model.padded + signs,
                 max(tables.virtual, 1),
             )
         )
@@ -272,7 +273,7 @@ class Work:
             team, tasks, torch.empty(layers, step.lists, heads, step.width, **i32),
             torch.empty(teams * team, 2 * virtual_width, **i32),
             torch.empty(teams * team, scratch_width, **f32),
-            torch.empty(teams, 4 * RING_ROWS * SLICES + 2 * virtual_width, **f32),
+            torch.empty(teams, 4 * RING_ROWS * SLICES + 2 * virtual_width + masses, **f32),
             Progress(counters, counters[before:], teams * team),
         )  # fmt: skip
 

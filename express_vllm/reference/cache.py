@@ -42,7 +42,7 @@ class ExpressCache:
         self.keys = torch.zeros(0, head_size, dtype=dtype)
         self.values = torch.zeros(0, head_size, dtype=dtype)
         self.positions = torch.zeros(0, dtype=torch.long)
-        self.rows = torch.zeros(0, head_size, dtype=dtype)
+        self.rows = torch.zeros(0)  # the last queries, [up to RING_ROWS, G, d]
         self.row_dtype = row_dtype or dtype  # a paged cache stores the query rows rounded
         self.tokens = 0
 
@@ -57,8 +57,8 @@ class ExpressCache:
         self.keys = torch.cat([self.keys, key[None].to(self.keys)])
         self.values = torch.cat([self.values, value[None].to(self.values)])
         self.positions = torch.cat([self.positions, torch.tensor([self.tokens])])
-        row = query.to(self.rows).mean(0).to(self.row_dtype).to(self.rows)
-        self.rows = torch.cat([self.rows, row[None]])[-RING_ROWS:]
+        row = query.to(self.row_dtype).to(self.keys)[None]
+        self.rows = torch.cat([self.rows, row])[-RING_ROWS:] if self.tokens else row
         self.tokens += 1
         logw = log_weights(self.layout.segments(self.tokens), self.keys.dtype)
         return attend(query[None].to(self.keys), self.keys, self.values, logw, self.scale)[0]
@@ -111,10 +111,15 @@ class ExpressCache:
         )
 
     def attention_mass(self) -> Tensor:
-        """Attention that the last query rows pay to each slot, [live]; causal, weights included."""
+        """Attention that the last query rows pay to each slot, [live]; causal, weights included.
+
+        The query heads of the group take turns: a row is the query of one head.
+        """
         logw = log_weights(self.layout.segments(self.tokens), self.keys.dtype)
-        scores = self.rows @ self.keys.T * self.scale + logw
         count = len(self.rows)
+        turns = torch.arange(count)
+        rows = self.rows[turns, turns % self.rows.shape[1]]
+        scores = rows @ self.keys.T * self.scale + logw
         last = len(self.keys) - count + torch.arange(count)
         hidden = torch.arange(len(self.keys))[None, :] > last[:, None]
         return torch.softmax(scores.masked_fill(hidden, float("-inf")), -1).sum(0)
