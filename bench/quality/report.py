@@ -398,7 +398,7 @@ def _plot_layers(name: str, curves: dict[str, dict[str, list[float]]], slots: in
     axes.set_ylabel(f"relative error, {slots:,} slots")
     axes.set_ylim(bottom=0)
     axes.grid(color="0.85")
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, fontsize=9, loc="outside right upper")
     return _store(figure, name, "Error of attention outputs by layer")
 
 
