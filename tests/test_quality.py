@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_llama import tiny_llama
 
 from bench.quality import error, harness, nll, presses, recall
 from bench.quality.caches import Accumulated, EvictingCache, WindowCache, causal
@@ -20,16 +21,7 @@ SLOTS, LENGTH = 128, 300
 
 @pytest.fixture(scope="module")
 def model():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    harness.register()
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=6, num_key_value_heads=2, head_dim=16, max_position_embeddings=2048,
-    )  # fmt: skip
-    config._attn_implementation = harness.ATTENTION
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return tiny_llama(2)
 
 
 @pytest.fixture(scope="module")

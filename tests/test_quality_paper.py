@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_llama import tiny_llama
 
 from bench.quality import harness, presses, report
 from bench.quality.caches import ExactCache
@@ -78,16 +79,7 @@ def test_a_hash_puts_equal_rows_together_and_opposite_rows_apart():
 @pytest.fixture(scope="module")
 def run():
     """A tiny random model of four layers with two documents."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    harness.register()
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=4,
-        num_attention_heads=6, num_key_value_heads=2, head_dim=16, max_position_embeddings=2048,
-    )  # fmt: skip
-    config._attn_implementation = harness.ATTENTION
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    model = tiny_llama(4)
     generator = torch.Generator().manual_seed(1)
     documents = {name: torch.randint(0, 97, (420,), generator=generator).tolist() for name in "ab"}
     options = SimpleNamespace(

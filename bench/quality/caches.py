@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -72,9 +72,13 @@ class ExactCache:
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.keys, self.values = joined(self.keys, key), joined(self.values, value)
         self.peak = self.keys.shape[2]
-        return attend(query, self.keys, self.values, self.scale, None)
+        return self.output(query, self.keys, self.values)
 
-    def fork(self) -> ExactCache:
+    def output(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention over all tokens, of which the last ones are the queries' own."""
+        return attend(query, keys, values, self.scale, None)
+
+    def fork(self) -> Self:
         return copy.copy(self)  # tensors are replaced, never written
 
 

@@ -8,14 +8,13 @@ half's keys without a mask (section 3.2).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..caches import causal, joined, repeat
+from ..caches import ExactCache, causal, repeat
 from ..harness import Heads
 
 #: Hyperplanes of the hash: 2^BITS buckets, in Gray-code order so that neighbours differ in one.
@@ -168,22 +167,15 @@ def attention(
     return torch.cat(outputs, 1)
 
 
-class HyperCache:
+class HyperCache(ExactCache):
     """A layer whose attention is estimated; it keeps every token."""
 
     def __init__(self, heads: Heads, hyper: Hyper, seed: int) -> None:
-        self.scale, self.hyper, self.seed = heads.scale, hyper, seed
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.peak = 0
+        super().__init__(heads)
+        self.hyper, self.seed = hyper, seed
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self.keys, self.values = joined(self.keys, key), joined(self.values, value)
-        self.peak = self.keys.shape[2]
-        return attention(query, self.keys, self.values, self.scale, self.hyper, seed=self.seed)
-
-    def fork(self) -> HyperCache:
-        return copy.copy(self)  # tensors are replaced, never written
+    def output(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return attention(query, keys, values, self.scale, self.hyper, seed=self.seed)
 
 
 def caches(heads: Heads, hyper: Hyper, seed: int, layers: Sequence[int]) -> list[HyperCache]:
