@@ -72,7 +72,7 @@ class Runner:
             upcoming = shape.first_event + self.layout.events_done(n + 1) * shape.interval
             row = n - (upcoming - RING_ROWS)
             kept = shape.ring and row >= 0
-            rings.append(decode.ring_word(shape.slots, shape.ring, row) if kept else -1)
+            rings.append(decode.ring_word(shape.slots - shape.ring, row) if kept else -1)
             first, rise = decode.segment_steps(self.layout.segments(n + 1))
             starts.append(torch.from_numpy(first))
             steps.append(torch.from_numpy(rise))
@@ -452,7 +452,7 @@ def test_a_graph_of_a_decode_step_replays():
         for r, count in enumerate(counts):
             segments = layout.segments(count) if count else []
             live[r] = sum(s.length for s in segments)
-            ring[r] = decode.ring_word(layout.shape.slots, layout.shape.ring, r) if r % 2 else -1
+            ring[r] = decode.ring_word(layout.shape.slots - layout.shape.ring, r) if r % 2 else -1
             first, rise = decode.segment_steps(segments)
             starts[r], steps[r] = torch.from_numpy(first).to(DEVICE), torch.from_numpy(rise)
         output.fill_(torch.nan)

@@ -91,7 +91,7 @@ class CpuPath:
         if slots:
             state[:, :slots] = self._read(kv_cache, plan.blocks, 0, slots)
         new = torch.cat([key[rows], value[rows]], -1).transpose(0, 1).float()
-        rows_of = self._query_rows(queries, kv_cache, plan)
+        query_rows = self._query_rows(queries, kv_cache, plan)
         moved = False
         spare: Tensor | None = None
         for piece in plan.pieces:
@@ -105,26 +105,26 @@ class CpuPath:
                 )  # fmt: skip
             if piece.compaction is not None:
                 spare = torch.empty_like(state) if spare is None else spare
-                self._compact(state, spare, rows_of, plan, piece.compaction)
+                self._compact(state, spare, query_rows, plan, piece.compaction)
                 state, spare = spare, state
                 moved = True
         first = 0 if moved else slots
         self._write(kv_cache, plan.blocks, first, state[:, first:final_live])
-        self._keep_query_rows(rows_of, kv_cache, plan)
+        self._keep_query_rows(query_rows, kv_cache, plan)
 
     def _compact(
         self,
         state: Tensor,
         target: Tensor,
-        rows_of: Tensor,
+        query_rows: Tensor,
         plan: SequencePlan,
         step: Compaction,
     ) -> None:
         assert plan.layout is not None
         shape = plan.layout.shape
-        # `rows_of` starts RING_ROWS before the chunk, so the rows before the event start here.
+        # `query_rows` starts RING_ROWS before the chunk, so the rows before the event start here.
         first = step.event.position - plan.start
-        rows = rows_of[:, first : first + RING_ROWS].contiguous().numpy()
+        rows = query_rows[:, first : first + RING_ROWS].contiguous().numpy()
         begin = time.perf_counter()
         compaction.compact(
             state.numpy(), target.numpy(), rows, step.log_weight, (step.event, shape, step.ops),
@@ -140,22 +140,22 @@ class CpuPath:
         ring if the next event scores with them, else they are 0.
         """
         count = plan.stop - plan.start
-        rows_of = torch.zeros(self.kv_heads, RING_ROWS + count, self.size)
+        query_rows = torch.zeros(self.kv_heads, RING_ROWS + count, self.size)
         if plan.layout is None or not plan.layout.shape.ring:
-            return rows_of
+            return query_rows
         turns = torch.from_numpy(ring_rows(plan.layout, plan.start, plan.stop)) % self.group
         rows = queries[torch.arange(count), :, turns].to(kv_cache.dtype)
-        rows_of[:, RING_ROWS:] = rows.transpose(0, 1).float()
+        query_rows[:, RING_ROWS:] = rows.transpose(0, 1).float()
         shape = plan.layout.shape
         kept = plan.start - (plan.layout.next_event_position(plan.start) - RING_ROWS)
         if kept > 0:
             slot = shape.slots - shape.ring
             ring = self._read(kv_cache, plan.blocks, slot, shape.slots)
             ring = ring.reshape(self.kv_heads, RING_ROWS, self.size)
-            rows_of[:, RING_ROWS - kept : RING_ROWS] = ring[:, :kept]
-        return rows_of
+            query_rows[:, RING_ROWS - kept : RING_ROWS] = ring[:, :kept]
+        return query_rows
 
-    def _keep_query_rows(self, rows_of: Tensor, kv_cache: Tensor, plan: SequencePlan) -> None:
+    def _keep_query_rows(self, query_rows: Tensor, kv_cache: Tensor, plan: SequencePlan) -> None:
         """Store the rows that the event after this step will need."""
         if plan.layout is None or not plan.layout.shape.ring:
             return
@@ -165,7 +165,7 @@ class CpuPath:
             return
         ring = torch.zeros(self.kv_heads, RING_ROWS, self.size)
         stop = RING_ROWS + plan.stop - plan.start
-        ring[:, :kept] = rows_of[:, stop - kept : stop]
+        ring[:, :kept] = query_rows[:, stop - kept : stop]
         slot = shape.slots - shape.ring
         rows = ring.reshape(self.kv_heads, shape.ring, 2 * self.size)
         self._write(kv_cache, plan.blocks, slot, rows)

@@ -67,7 +67,7 @@ class DecodeRows:
         self._device_words = torch.zeros(words_of(requests), dtype=torch.int32, device=device)
         self._names: list[str | None] = [None] * requests
         # Valid for positions [event, until): live slots = position + shift.
-        self._event, self._until, self._shift, self._ring_from, self._ring_word = np.zeros(
+        self._event, self._until, self._shift, self._ring_from, self._ring_slot = np.zeros(
             (5, requests), np.int64
         )
         self._starts = np.zeros((requests, MAX_SEGMENTS), np.int32)
@@ -105,7 +105,7 @@ class DecodeRows:
         self._shift[i] = layout.live(position + 1) - position
         if shape.ring:
             self._ring_from[i] = self._until[i] - RING_ROWS
-            self._ring_word[i] = ring_word(shape.slots, shape.ring, 0)
+            self._ring_slot[i] = shape.slots - shape.ring
         else:
             self._ring_from[i] = np.iinfo(np.int64).max
         self._starts[i], self._steps[i] = segment_steps(layout.segments(position + 1))
@@ -117,8 +117,8 @@ class DecodeRows:
         real, positions = len(index), stops - 1
         here.live.numpy()[:real] = positions + self._shift[index]
         row = positions - self._ring_from[index]
-        place = self._ring_word[index] + row * (RING_ROWS + 1)
-        here.ring.numpy()[:real] = np.where(row >= 0, place, -1)
+        word = ring_word(self._ring_slot[index], row)
+        here.ring.numpy()[:real] = np.where(row >= 0, word, -1)
         here.starts.numpy()[:real] = self._starts[index]
         here.steps.numpy()[:real] = self._steps[index]
         device_words = self._device_words[: len(words)]

@@ -8,6 +8,7 @@ before it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -170,10 +171,10 @@ def decode_attention(
     return output
 
 
-def ring_word(slots: int, ring: int, row: int) -> int:
-    """Where the query of ring row `row` is kept, of a cache whose last `ring` of `slots` slots are
-    the ring: (2 slot + half) * RING_ROWS + row."""
-    return (2 * (slots - ring) + row) * RING_ROWS + row
+def ring_word(first: Any, row: Any) -> Any:
+    """Where the query of ring row `row` is kept, of a ring whose first slot is `first` (integers or
+    arrays): (2 slot + half) * RING_ROWS + row."""
+    return (2 * first + row) * RING_ROWS + row
 
 
 def store_tokens(
