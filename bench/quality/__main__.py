@@ -98,6 +98,8 @@ def _options(one: argparse.ArgumentParser) -> None:
     one.add_argument("--first", type=int, help="first position that counts")
     one.add_argument("--seeds", type=int, nargs="+")
     one.add_argument("--axes", nargs="+", choices=list(sweep.AXES), help="of the sweep")
+    one.add_argument("--tasks", nargs="+", choices=recall.ALL, default=list(recall.ALL),
+                     help="of recall")  # fmt: skip
     one.add_argument("--chunk", type=int, help="tokens of a prefill chunk")
     one.add_argument("--batch", type=int, help="documents at a time; default: 1, on GPUs all")
     one.add_argument("--bundle", type=Path, help="take the documents' tokens from this file")
@@ -230,13 +232,15 @@ def _recall(arguments: argparse.Namespace, model: Any, heads: Any, tokenizer: An
     size = 96
     farthest = length - 4 * size
     distances = [d for d in (6000, 3000, 1500) if d < farthest] or [farthest]
-    rows = recall.measure_repeated(
-        model, heads, documents, policies, distances, length, size, arguments.chunk,
-        arguments.batch,
-    )  # fmt: skip
+    rows = []
+    if "repeated" in arguments.tasks:
+        rows += recall.measure_repeated(
+            model, heads, documents, policies, distances, length, size, arguments.chunk,
+            arguments.batch,
+        )  # fmt: skip
     rows += recall.measure(
         model, heads, tokenize, documents, policies, lengths, depths, arguments.chunk,
-        arguments.batch,
+        arguments.batch, [task for task in recall.TASKS if task in arguments.tasks],
     )  # fmt: skip
     return rows, {"documents": list(documents)}
 

@@ -70,6 +70,7 @@ def pairs(tokenize: Tokenize, hay: Sequence[int], length: int, depth: float, see
 
 
 TASKS = {"needle": needle, "pairs": pairs}
+ALL = ("repeated", *TASKS)
 
 
 def _numbers(rng: random.Random, count: int) -> list[str]:

@@ -21,9 +21,11 @@ AXES = {
                  "express:window=0.25,heavy=0.25,profile=even"),
     # Less noise from weights leaves room for more tokens that are kept exactly.
     "shrunk": tuple(f"express:exponent={e},heavy={h}{w}" for e, h, w in (
-        (0.75, 0.25, ""), (0.75, 0.375, ""), (0.75, 0.5, ",window=0.125"), (0.85, 0.25, ""),
-        (0.65, 0.25, ""), (0.65, 0.375, ""), (0.75, 0.25, ",window=0.375"),
-        (0.75, 0.375, ",window=0.125"), (0.75, 0.25, ",profile=even"))),
+        (0.75, 0.25, ""), (0.75, 0.375, ""), (0.5, 0.25, ""), (0.85, 0.25, ""),
+        (0.75, 0.25, ",window=0.375"), (0.75, 0.25, ",window=0.125"), (0.75, 0.25, ",window=0.5"),
+        (0.75, 0.25, ",interval=0.0625"), (0.75, 0.25, ",interval=0.25"), (0.75, 0.25, ",group=16"),
+        (0.75, 0.25, ",profile=even"), (0.65, 0.25, ""), (0.5, 0.375, ""), (0.25, 0.25, ""),
+        (0.75, 0.5, ",window=0.125"), (0.75, 0.375, ",window=0.125"))),
     "peers": ("streaming", "snapkv", "snapkv:recent=0.25", "snapkv:recent=0.5", "h2o",
               "h2o:recent=0.25", "expected", "expected:recent=0.5", "keydiff", "keydiff:recent=0.5",
               "knorm", "knorm:recent=0.5", "random"),
