@@ -92,7 +92,9 @@ def _options(one: argparse.ArgumentParser) -> None:
     one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     one.add_argument("--dtype", choices=DTYPES, help="default: float32, on GPUs bfloat16")
     one.add_argument("--slots", type=int, nargs="+", help="peak slots per layer and KV head")
-    one.add_argument("--policies", nargs="+", help="see policies.py; default: all")
+    one.add_argument(
+        "--policies", nargs="+", help="see policies.py; default: all, in the sweep those of --axes"
+    )
     one.add_argument("--documents", type=int, help="how many; default: all of the split")
     one.add_argument("--length", type=int, help="tokens of a document or prompt")
     one.add_argument("--first", type=int, help="first position that counts")
@@ -205,6 +207,8 @@ def _sweep(arguments: argparse.Namespace, model: Any, heads: Any, tokenizer: Any
     rows = []
     for slots in arguments.slots:
         policies = sweep.policies(slots, axes, arguments.device)
+        if arguments.policies:
+            policies = [Policy.parse(word, slots) for word in arguments.policies]
         rows += nll.measure(
             model, heads, documents, policies, arguments.seeds, arguments.first,
             arguments.chunk, arguments.batch,

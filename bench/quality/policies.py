@@ -8,7 +8,9 @@ paper                       published Express, as rebuilt (docs/algorithm.md)
 uniform                     our schedule with coins; uniform:schedule=paper for the published one
 streaming                   StreamingLLM, evicting at every token
 snapkv knorm keydiff expected h2o random
-                            streaming eviction; options: interval, sinks, recent
+                            streaming eviction; options: interval, sinks, recent, shared=1 (the KV
+                            heads of a layer keep the same tokens)
+mixed                       eviction by the better of KeyDiff's and SnapKV's ranks
 """
 
 from __future__ import annotations
@@ -28,15 +30,17 @@ SINKS = 4
 #: Peers that evict by a score -> the share of the slots that holds recent tokens for sure: a
 #: quarter as in our default; H2O's paper gives half, SnapKV's press protects its own window.
 RECENT = {"snapkv": 0.0, "knorm": 0.25, "keydiff": 0.25, "expected": 0.25, "h2o": 0.5,
-          "random": 0.25}  # fmt: skip
+          "random": 0.25, "mixed": 0.25}  # fmt: skip
 OURS = ("express", "paper", "uniform")
-NAMES = ("exact", *OURS, "streaming", *RECENT)
+ALL = ("exact", *OURS, "streaming", *RECENT)
+#: What is measured unless told otherwise.
+NAMES = tuple(name for name in ALL if name != "mixed")
 SHAPE_SIZES = ("sinks", "heavy", "window", "interval", "group")
 TITLES = {
     "exact": "exact", "express": "express (default)", "paper": "published Express",
     "uniform": "uniform thinning", "streaming": "StreamingLLM", "snapkv": "SnapKV-style",
     "knorm": "KNorm", "keydiff": "KeyDiff", "expected": "expected attention", "h2o": "H2O-style",
-    "random": "random eviction",
+    "random": "random eviction", "mixed": "KeyDiff or SnapKV",
 }  # fmt: skip
 
 
@@ -51,12 +55,12 @@ class Policy:
     @classmethod
     def parse(cls, text: str, slots: int) -> Policy:
         name, _, rest = text.partition(":")
-        if name not in NAMES:
-            raise ValueError(f"policy {name!r} is not one of {', '.join(NAMES)}")
+        if name not in ALL:
+            raise ValueError(f"policy {name!r} is not one of {', '.join(ALL)}")
         allowed = {"exact": (), "streaming": ("sinks",)}.get(
             name,
             ("schedule", "profile", "kernel", "exponent", *SHAPE_SIZES) if name in OURS
-            else ("interval", "sinks", "recent"),
+            else ("interval", "sinks", "recent", "shared"),
         )  # fmt: skip
         options: dict[str, Any] = {}
         for part in filter(None, rest.split(",")):
@@ -108,25 +112,33 @@ class Policy:
         )
 
     def _score(self, heads: Heads, seed: int) -> Score:
+        score = self._own_score(self.name, heads, seed)
+        return presses.SharedScore(score) if self.options.get("shared") else score
+
+    def _own_score(self, name: str, heads: Heads, seed: int) -> Score:
         press = presses.press_class
-        if self.name == "h2o":
+        if name == "mixed":
+            return presses.MixedScore(
+                *(self._own_score(part, heads, seed) for part in ("keydiff", "snapkv"))
+            )
+        if name == "h2o":
             return Accumulated(heads)
-        if self.name == "snapkv":
+        if name == "snapkv":
             window = min(presses.SNAP_WINDOW, self.slots // 4)
             return presses.SnapScore(
                 heads, press("snapkv_press", "SnapKVPress")(window_size=window)
             )
-        if self.name == "expected":
+        if name == "expected":
             return presses.ExpectedScore(
                 heads, press("expected_attention_press", "ExpectedAttentionPress")()
             )
-        if self.name == "random":
+        if name == "random":
             return presses.RandomScore(heads, press("random_press", "RandomPress")(seed=seed))
-        module, name = {
+        module, title = {
             "knorm": ("knorm_press", "KnormPress"),
             "keydiff": ("keydiff_press", "KeyDiffPress"),
-        }[self.name]
-        return presses.PressScore(heads, press(module, name)())
+        }[name]
+        return presses.PressScore(heads, press(module, title)())
 
 
 def _value(text: str, slots: int) -> Any:

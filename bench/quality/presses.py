@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .caches import probabilities
+from .caches import Score, probabilities
 from .harness import Heads
 from .texts import cache_folder
 
@@ -141,6 +141,41 @@ class ExpectedScore(PressScore):
         press = copy.copy(self.press)
         press.get_query_statistics = lambda module, hidden: self.statistics(tokens)
         return press.score(self.module, None, keys.float(), values.float(), None, {})
+
+
+class SharedScore:
+    """One choice for all KV heads of a layer: the mean of their scores."""
+
+    def __init__(self, inner: Score) -> None:
+        self.inner, self.wants_weights = inner, inner.wants_weights
+        self.observe, self.keep = inner.observe, inner.keep
+
+    def score(self, keys: Tensor, values: Tensor, tokens: int) -> Tensor:
+        scores = self.inner.score(keys, values, tokens)
+        return scores.mean(1, keepdim=True).expand_as(scores)
+
+
+class MixedScore:
+    """What is best by either of two scores: the better one of an entry's two ranks counts."""
+
+    wants_weights = False
+
+    def __init__(self, first: Score, second: Score) -> None:
+        self.parts = first, second
+
+    def observe(self, query: Tensor, weights: Tensor | None) -> None:
+        for part in self.parts:
+            part.observe(query, weights)
+
+    def score(self, keys: Tensor, values: Tensor, tokens: int) -> Tensor:
+        ranks = [
+            part.score(keys, values, tokens).float().argsort(-1).argsort(-1) for part in self.parts
+        ]
+        return torch.maximum(*ranks).float()
+
+    def keep(self, index: Tensor) -> None:
+        for part in self.parts:
+            part.keep(index)
 
 
 def unrotated(heads: Heads, query: Tensor, start: int) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -130,30 +131,25 @@ def measure(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row per policy, slots, task, length, depth and document."""
     names = list(documents)
-    rows = []
-    groups = [names[at : at + batch] for at in range(0, len(names), batch)]
+    places = [(depth, name) for depth in depths for name in names]
+    groups = [places[at : at + batch] for at in range(0, len(places), batch)]
     answers = (1 + DISTRACTORS) * heads.layers
     steps = sum(-(-n // chunk) * heads.layers + answers for n in lengths)
-    total = steps * len(policies) * len(depths) * len(tasks) * len(groups)
-    with Progress("recall", total) as progress:
-        for policy in policies:
-            for task in tasks:
-                for length in lengths:
-                    for depth in depths:
-                        for group in groups:
-                            progress.say(f"{policy.label} {policy.slots} {task} {length}")
-                            cases = [
-                                TASKS[task](tokenize, documents[n], length, depth, names.index(n))
-                                for n in group
-                            ]
-                            stream = Stream(model, policy.caches(heads), tick=progress.step)
-                            found = answer(stream, model, cases, chunk)
-                            rows += [
-                                {"policy": policy.label, "slots": policy.slots, "task": task,
-                                 "length": length, "depth": depth, "document": name,
-                                 "distance": case.distance, **result}
-                                for name, case, result in zip(group, cases, found, strict=True)
-                            ]  # fmt: skip
+    rows = []
+    with Progress("recall", steps * len(policies) * len(tasks) * len(groups)) as progress:
+        for policy, task, length, group in product(policies, tasks, lengths, groups):
+            progress.say(f"{policy.label} {policy.slots} {task} {length}")
+            cases = [
+                TASKS[task](tokenize, documents[name], length, depth, names.index(name))
+                for depth, name in group
+            ]
+            stream = Stream(model, policy.caches(heads), tick=progress.step)
+            found = answer(stream, model, cases, chunk)
+            rows += [
+                {"policy": policy.label, "slots": policy.slots, "task": task, "length": length,
+                 "depth": depth, "document": name, "distance": case.distance, **result}
+                for (depth, name), case, result in zip(group, cases, found, strict=True)
+            ]  # fmt: skip
     return rows
 
 

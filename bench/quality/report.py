@@ -28,19 +28,38 @@ cache. *Small* runs are short: they show that the harness works and roughly who 
 
 
 def write() -> None:
-    parts = [HEAD]
-    for path in sorted(RESULTS.glob("quality-*.json"), key=_order):
-        stored = json.loads(path.read_text())
-        section = _sections()[stored["experiment"]]
-        parts.append(section(path.stem, stored))
-    parts.append(_texts())
-    DOCUMENT.write_text("\n".join(parts))
+    parts: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted(RESULTS.glob("quality-*.json")):
+        parts[path.name.partition(".")[0]].append(json.loads(path.read_text()))
+    sections = _sections()
+    order = list(sections)
+    whole = {name: merged(some) for name, some in parts.items()}
+    names = sorted(whole, key=lambda name: (order.index(whole[name]["experiment"]), name))
+    text = [HEAD, *(sections[whole[name]["experiment"]](name, whole[name]) for name in names)]
+    DOCUMENT.write_text("\n".join([*text, _texts()]))
     print(DOCUMENT.name)
 
 
-def _order(path: Path) -> tuple[int, str]:
-    stored = json.loads(path.read_text())
-    return list(_sections()).index(stored["experiment"]), path.stem
+def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One result of several, `quality-NAME.1.json`, `quality-NAME.2.json`: of a row that several
+    have, the first counts."""
+    found = dict(parts[0])
+    if len(parts) == 1:
+        return found
+    for key in ("experiment", "model", "dtype", "hardware", "length", "documents", "versions"):
+        if any(part[key] != found[key] for part in parts):
+            raise ValueError(f"parts of one result differ in {key}")
+    rows: dict[tuple, dict[str, Any]] = {}
+    for row in (row for part in parts for row in part["rows"]):
+        kind = ("policy", "slots", "seed", "document", "task", "length", "depth", "distance")
+        rows.setdefault(tuple(row.get(key) for key in kind), row)
+    found["rows"] = list(rows.values())
+    found["command"] = "`, `".join(part["command"] for part in parts)
+    found["seconds"] = sum(part["seconds"] for part in parts)
+    found["stopped"] = [title for part in parts for title in part["stopped"]]
+    if "axes" in found:
+        found["axes"] = list(dict.fromkeys(axis for part in parts for axis in part["axes"]))
+    return found
 
 
 def _sections() -> dict[str, Callable[[str, dict[str, Any]], str]]:

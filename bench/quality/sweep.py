@@ -13,12 +13,8 @@ AXES = {
     "window": tuple(f"express:window={x}" for x in ("0.0625", "0.125", "0.375", "0.5")),
     "heavy": tuple(f"express:heavy={x}" for x in ("0", "0.0625", "0.25", "0.375")),
     "group": tuple(f"express:group={n}" for n in (8, 16, 32, 128, 256)),
-    "exponent": tuple(f"express:exponent={x}" for x in (0, 0.5, 0.65, 0.75, 0.85)),
+    "exponent": tuple(f"express:exponent={x}" for x in (0, 0.5, 0.65, 0.75, 0.85, 0.9)),
     "interval": tuple(f"express:interval={n}" for n in (32, 64, 128, 256, 512)),
-    "together": ("express:window=0.125,heavy=0.25", "express:window=0.375,heavy=0.25",
-                 "express:window=0.125,heavy=0.375", "express:window=0.375,heavy=0.0625",
-                 "express:window=0.125,heavy=0.125,profile=even",
-                 "express:window=0.25,heavy=0.25,profile=even"),
     # Less noise from weights leaves room for more tokens that are kept exactly.
     "shrunk": tuple(f"express:exponent={e},heavy={h}{w}" for e, h, w in (
         (0.75, 0.25, ""), (0.75, 0.375, ""), (0.5, 0.25, ""), (0.85, 0.25, ""),
