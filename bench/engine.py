@@ -253,9 +253,9 @@ def transposed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name in dict.fromkeys(key for row in rows for key in row if key != "backend"):
         line = {"figure": name} | {row["backend"]: row.get(name, "") for row in rows}
         values = [row.get(name) for row in rows]
-        if len(values) == 2 and all(values):
-            line["second / first"] = round(values[1] / values[0], 3)
-        lines.append({"figure": "", **dict.fromkeys(line, ""), **line})
+        compared = len(values) == 2 and all(values)
+        line["second / first"] = round(values[1] / values[0], 3) if compared else ""
+        lines.append(line)
     return lines
 
 

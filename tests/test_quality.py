@@ -12,7 +12,7 @@ from tiny_llama import tiny_llama
 from bench.quality import error, harness, nll, presses, recall
 from bench.quality.caches import Accumulated, EvictingCache, WindowCache, causal
 from bench.quality.harness import Heads, Stream
-from bench.quality.policies import NAMES, Policy
+from bench.quality.policies import ALL, Policy
 from express_vllm.layout import layout_for
 from express_vllm.reference.cache import ExpressCache
 
@@ -68,7 +68,7 @@ def test_exact_is_the_model(model, heads, ids):
         assert torch.allclose(model.lm_head(hidden), own(model, ids), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "exact"])
+@pytest.mark.parametrize("name", [*(n for n in ALL if n != "exact"), "keydiff:shared=1"])
 def test_a_budget_that_fits_is_exact_and_one_that_does_not_is_kept(model, heads, ids, name):
     exact, _ = feed(model, heads, "exact", 0, ids)
     roomy, _ = feed(model, heads, name, 512, ids)

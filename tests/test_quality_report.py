@@ -8,7 +8,6 @@ import math
 import pytest
 
 from bench.quality import report, sweep, texts
-from bench.quality.policies import NAMES
 
 HEAD = {
     "command": "python -m bench.quality nll", "date": "2026-01-01", "hardware": "test",
@@ -76,22 +75,39 @@ def test_the_document_has_every_table_and_plot(tmp_path, monkeypatch):
         assert (tmp_path / f"{name}.svg").exists()
 
 
-@pytest.mark.parametrize("slots", [512, 1024, 2048])
-def test_the_default_beats_what_it_replaces_and_no_peer_beats_it(slots):
-    """In the stored run on the held-out documents, by two paired standard errors."""
-    path = report.RESULTS / "quality-nll.json"
-    if not path.exists():
-        pytest.skip("the full run is not stored yet: python -m bench.quality nll")
-    stored = json.loads(path.read_text())
+def test_parts_of_a_result_become_one():
+    whole = HEAD | {"experiment": "nll"}
+    first = whole | {"axes": ["heavy"], "rows": nll_rows()[:4]}
+    second = whole | {"axes": ["window"], "rows": nll_rows()[2:]}
+    whole = report.merged([first, second])
+    assert whole["rows"] == nll_rows() and whole["axes"] == ["heavy", "window"]
+    assert whole["seconds"] == 2 and whole["command"].count("bench.quality nll") == 2
+    with pytest.raises(ValueError, match="differ in dtype"):
+        report.merged([first, second | {"dtype": "bfloat16"}])
+
+
+#: File, split, number of slots: at 1,024 and 2,048 the held-out documents were only measured before
+#: the query heads took turns, which the documents that defaults are chosen on were not.
+MEASURED = [
+    ("quality-nll.json", 26, 512, True),
+    ("quality-sweep.1024.json", 12, 1024, True), ("quality-sweep.2048.json", 12, 2048, True),
+    ("quality-nll-thirteen.json", 13, 1024, False), ("quality-nll-thirteen.json", 13, 2048, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "documents", "slots", "clear"), MEASURED)
+def test_the_default_beats_what_it_replaces_and_no_peer_beats_it(name, documents, slots, clear):
+    """In the stored runs, by two paired standard errors."""
+    stored = json.loads((report.RESULTS / name).read_text())
     gaps = report.gaps(stored["rows"])
-    assert stored["length"] >= 8192 and len(stored["documents"]) >= 12
+    assert stored["length"] >= 8192 and len(stored["documents"]) == documents
     ours = gaps["express", slots]
-    for rival in NAMES[2:]:
+    for rival in ("paper", "uniform", "streaming", "snapkv", "expected", "h2o"):
         worse = [gaps[rival, slots][d] - ours[d] for d in ours]
         mean, spread = report.mean_error(worse)
-        if rival in ("paper", "uniform"):
+        if rival in ("paper", "uniform") or (rival == "streaming" and clear):
             assert mean > 2 * spread, (rival, mean, spread)
-        else:  # StreamingLLM, too, is better at no budget, but not worse by two errors either
+        else:
             assert mean > -2 * spread, (rival, mean, spread)
 
 

@@ -30,7 +30,8 @@ from .progress import Progress
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Experiment -> what it does unless told otherwise, in full and small.
 FULL: dict[str, dict[str, Any]] = {
-    "nll": {"slots": [512, 1024, 2048], "length": 8192, "first": 2048, "seeds": [0, 1]},
+    # Few evictions first: a small budget takes the longest.
+    "nll": {"slots": [2048, 1024, 512], "length": 8192, "first": 2048, "seeds": [0, 1]},
     "error": {"slots": [1024, 2048], "length": 8192, "first": 3072, "documents": 3,
               "policies": ["express", "paper", "uniform", "streaming", "snapkv", "h2o"]},
     "recall": {"slots": [1024, 2048], "length": 8192,
@@ -203,12 +204,12 @@ def _nll(arguments: argparse.Namespace, model: Any, heads: Any, tokenizer: Any) 
 
 def _sweep(arguments: argparse.Namespace, model: Any, heads: Any, tokenizer: Any) -> Result:
     documents = _cut(_documents(arguments, "choose", tokenizer), arguments.length)
-    axes = tuple(arguments.axes or (sweep.SMALL if arguments.small else sweep.AXES))
+    usual = sweep.SMALL if arguments.small else sweep.AXES
+    axes = tuple(arguments.axes or (() if arguments.policies else usual))
     rows = []
     for slots in arguments.slots:
-        policies = sweep.policies(slots, axes, arguments.device)
-        if arguments.policies:
-            policies = [Policy.parse(word, slots) for word in arguments.policies]
+        policies = [Policy.parse(word, slots) for word in arguments.policies or ()]
+        policies = policies or sweep.policies(slots, axes, arguments.device)
         rows += nll.measure(
             model, heads, documents, policies, arguments.seeds, arguments.first,
             arguments.chunk, arguments.batch,

@@ -274,7 +274,7 @@ def _repeated(name: str, rows: Rows, slots: list[int]) -> str:
                 line[f"{d:,} tokens"] = (
                     f"{share:.2f}" if math.isnan(spread) else f"{share:.2f} ± {spread:.2f}"
                 )
-                if n == slots[-1]:
+                if n == slots[-1] and (":" not in label or label == "express:profile=even"):
                     points[title(label)][d] = (share, spread)
             if len(line) == 2 + len(distances):
                 lines.append(line)
@@ -314,10 +314,14 @@ def _sweep(name: str, stored: dict[str, Any]) -> str:
               "other table uses. Each cell: NLL gap to exact attention, and in brackets the paired "
               "difference from the default (negative: better than the default)."),
     ]  # fmt: skip
-    labels = {label.partition("@")[0] for label in _labels(rows)}
-    for axis in stored["axes"]:
+    axes = {axis: AXES[axis] for axis in stored["axes"]}
+    shown_labels = {_label(text, n) for texts in axes.values() for text in texts for n in slots}
+    rest = [label for label in _labels(rows) if label not in shown_labels | {"express"}]
+    if rest:
+        axes["others"] = tuple(rest)
+    for axis, policies in axes.items():
         lines = []
-        for text in ("express", *AXES[axis]):
+        for text in ("express", *policies):
             line = {"cache": title(text)}
             for n in slots:
                 label = _label(text, n)
@@ -328,7 +332,6 @@ def _sweep(name: str, stored: dict[str, Any]) -> str:
                 )  # fmt: skip
             lines.append(line)
         parts += [f"### {axis.capitalize()}", "", table(lines), ""]
-    assert labels
     return "\n".join(parts)
 
 
