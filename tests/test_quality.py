@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_llama import tiny_llama
 
-from bench.quality import error, harness, nll, presses, recall
+from bench.quality import bound, error, harness, nll, presses, recall
 from bench.quality.caches import Accumulated, EvictingCache, WindowCache, causal
 from bench.quality.harness import Heads, Stream
 from bench.quality.policies import ALL, Policy
@@ -158,6 +158,29 @@ def test_eviction_keeps_sinks_recent_and_the_best(heads):
     assert cache.positions[0, 0, :2].tolist() == [0, 1]
     assert set(good[good < 84].tolist()) <= set(cache.positions[0, 0].tolist())
     assert torch.allclose(ours[0], torch.stack(outputs, 1), atol=1e-4)
+
+
+def test_shared_and_mixed_choices():
+    keys = torch.zeros(1, 2, 6, 16)
+    keys[0, :, :, 0] = torch.tensor([[5.0, 0, 4, 0, 0, 3], [0, 0, 4, 5, 0, 0]])
+    own = Recorded(torch.tensor([3.0, 4, 5]))
+    own.score = lambda keys, values, tokens: keys[..., 0]
+    shared = presses.SharedScore(own).score(keys, keys, 6)
+    assert shared.topk(1).indices.flatten().tolist() == [2, 2], "the best of the mean, for both"
+    other = Recorded(torch.tensor([]))
+    other.score = lambda keys, values, tokens: torch.arange(6.0).expand(1, 2, 6)
+    mixed = presses.MixedScore(own, other).score(keys, keys, 6)
+    best = [set(row) for row in mixed[0].topk(2).indices.tolist()]
+    assert best == [{0, 5}, {3, 5}], "the best of either"
+
+
+def test_errors_fall_with_the_budget_and_the_published_peak_is_within_its_bound():
+    rows = bound.measure((256, 512), (1024,))
+    for r in rows[:2]:
+        assert 4 * r["n_out"] < r["most"] <= 6 * r["n_out"]
+    error = {(r["policy"], r["slots"]): sum(r["errors"]) for r in rows[2:]}
+    for name in bound.CACHES:
+        assert 0 < error[name, 512] < error[name, 256]
 
 
 def test_accumulated_attention_equals_brute_force(heads):

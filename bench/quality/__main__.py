@@ -5,6 +5,7 @@
     python -m bench.quality error              error of attention outputs, layer by layer
     python -m bench.quality recall             needles, key-value pairs, repeated passages
     python -m bench.quality sweep              the defaults, on documents of their own
+    python -m bench.quality bound              the published bounds on random inputs, no model
     python -m bench.quality report             docs/results.md and plots from the stored results
     python -m bench.quality small              a small version of everything (`make bench`)
 
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from .. import record
-from . import error, harness, nll, presses, recall, report, sweep, texts
+from . import bound, error, harness, nll, presses, recall, report, sweep, texts
 from .policies import NAMES, Policy
 from .progress import Progress
 
@@ -60,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
         _texts(arguments)
     elif command == "report":
         report.write()
+    elif command == "bound":
+        _bound()
     elif command == "small":
         arguments.small = True
         texts.fetch(write=False, names=SMALL_DOCUMENTS)
@@ -82,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("--bundle", type=Path, help="store all documents' tokens in this file")
     fetch.add_argument("--model", type=Path, help="whose tokenizer makes the bundle")
     commands.add_parser("report", help="write docs/results.md")
+    commands.add_parser("bound", help="the published bounds on random inputs")
     for name in (*EXPERIMENTS, "small"):
         _options(commands.add_parser(name))
     return parser
@@ -161,6 +165,18 @@ def _run(name: str, arguments: argparse.Namespace, model: Any, tokenizer: Any, t
         versions=record.versions("express-vllm", "torch", "transformers", "triton", "numba")
         | {"kvpress": presses.VERSION},
         seconds=round(time.monotonic() - started), stopped=list(Progress.stopped), **details,
+    )  # fmt: skip
+    print(f"{path.name}: {len(rows)} rows")
+
+
+def _bound() -> None:
+    started = time.monotonic()
+    rows = bound.measure()
+    path = record.save(
+        "quality-bound", rows, experiment="bound", command=_command("bound"), model="no model",
+        dtype="float32", device="cpu", length=max(bound.LENGTHS), documents=[],
+        versions=record.versions("express-vllm", "torch", "numba"),
+        seconds=round(time.monotonic() - started), stopped=[],
     )  # fmt: skip
     print(f"{path.name}: {len(rows)} rows")
 

@@ -78,10 +78,11 @@ def title(label: str) -> str:
 def _head(what: str, stored: dict[str, Any], more: str = "") -> str:
     versions = ", ".join(f"{k} {v}" for k, v in stored["versions"].items())
     stopped = " **The run's time ended before all was measured.**" if stored["stopped"] else ""
+    names = stored["documents"]
+    documents = f" {len(names)} documents ({', '.join(names)})." if names else ""
     return (
         f"## {what}\n\n`{stored['command']}`, {stored['date']}: {stored['model']}, "
-        f"{stored['dtype']}, {stored['hardware']}, {stored['seconds']} s. "
-        f"{len(stored['documents'])} documents ({', '.join(stored['documents'])}).{stopped} "
+        f"{stored['dtype']}, {stored['hardware']}, {stored['seconds']} s.{documents}{stopped} "
         f"{more}\nVersions: {versions}.\n"
     )
 
@@ -341,6 +342,35 @@ def _label(text: str, slots: int) -> str:
     return Policy.parse(text, slots).label
 
 
+def _bound(name: str, stored: dict[str, Any]) -> str:
+    from .bound import HEADS, constant
+
+    rows = [r for r in stored["rows"] if r["what"] == "error"]
+    lines = []
+    for label, length in dict.fromkeys((r["policy"], r["length"]) for r in rows):
+        line = {"cache": label, "tokens": f"{length:,}"}
+        for r in rows:
+            if (r["policy"], r["length"]) == (label, length):
+                found = constant(statistics.fmean(r["errors"]), r["slots"], length)
+                line[f"{r['slots']:,} slots"] = f"{shown(r['errors'])} ({found:.1f})"
+        lines.append(line)
+    peaks = [
+        {"slots": f"{r['slots']:,}", "n_out": r["n_out"], "most entries": f"{r['most']:,}",
+         "in n_out": f"{r['most'] / r['n_out']:.2f}"}
+        for r in stored["rows"] if r["what"] == "peak"
+    ]  # fmt: skip
+    return "\n".join([
+        _head("How tight the published bounds are", stored,
+              f"Random queries, keys and values of {HEADS} heads. Error: the largest of any output's "
+              "coordinate at the last positions, as a part of the largest value's, mean over "
+              "the heads; in brackets C of error = C log^1.5(n) / s, which a bound that is tight in s "
+              "would leave the same along a line."),
+        table(lines), "", "Entries that the published schedule's coreset holds at most within 2^20 "
+        "tokens; the published bound is 6 n_out:", "",
+        table(peaks), "",
+    ])  # fmt: skip
+
+
 def _texts() -> str:
     rows = [
         {"document": e.name, "kind": e.kind, "language": e.language, "package": e.package,
@@ -353,7 +383,7 @@ def _texts() -> str:
 
 
 SECTIONS: dict[str, Callable[[str, dict[str, Any]], str]] = {
-    "nll": _nll, "error": _error, "recall": _recall, "sweep": _sweep,
+    "nll": _nll, "error": _error, "recall": _recall, "sweep": _sweep, "bound": _bound,
 }  # fmt: skip
 
 # --- plots: black and grey only, so that print and screen say the same ---
