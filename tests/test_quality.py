@@ -174,13 +174,15 @@ def test_shared_and_mixed_choices():
     assert best == [{0, 5}, {3, 5}], "the best of either"
 
 
-def test_errors_fall_with_the_budget_and_the_published_peak_is_within_its_bound():
-    rows = bound.measure((256, 512), (1024,))
+def test_balanced_halving_beats_coins_where_keys_are_close_and_peaks_are_within_their_bound():
+    rows = bound.measure((256, 512), (3072,), (2,))
     for r in rows[:2]:
         assert 4 * r["n_out"] < r["most"] <= 6 * r["n_out"]
     error = {(r["policy"], r["slots"]): sum(r["errors"]) for r in rows[2:]}
     for name in bound.CACHES:
         assert 0 < error[name, 512] < error[name, 256]
+    for slots in (256, 512):
+        assert error["lazy, greedy signs", slots] < 0.8 * error["lazy, coins", slots]
 
 
 def test_accumulated_attention_equals_brute_force(heads):

@@ -347,12 +347,12 @@ def _bound(name: str, stored: dict[str, Any]) -> str:
 
     rows = [r for r in stored["rows"] if r["what"] == "error"]
     lines = []
-    for label, length in dict.fromkeys((r["policy"], r["length"]) for r in rows):
-        line = {"cache": label, "tokens": f"{length:,}"}
+    for rank, length, label in dict.fromkeys((r["rank"], r["length"], r["policy"]) for r in rows):
+        line = {"inputs": f"rank {rank}", "tokens": f"{length:,}", "cache": label}
         for r in rows:
-            if (r["policy"], r["length"]) == (label, length):
+            if (r["rank"], r["length"], r["policy"]) == (rank, length, label):
                 found = constant(statistics.fmean(r["errors"]), r["slots"], length)
-                line[f"{r['slots']:,} slots"] = f"{shown(r['errors'])} ({found:.1f})"
+                line[f"{r['slots']:,} slots"] = f"{shown(r['errors'])} ({found:.2f})"
         lines.append(line)
     peaks = [
         {"slots": f"{r['slots']:,}", "n_out": r["n_out"], "most entries": f"{r['most']:,}",
@@ -361,10 +361,10 @@ def _bound(name: str, stored: dict[str, Any]) -> str:
     ]  # fmt: skip
     return "\n".join([
         _head("How tight the published bounds are", stored,
-              f"Random queries, keys and values of {HEADS} heads. Error: the largest of any output's "
+              f"Random inputs of {HEADS} heads. Error: the largest of any output's "
               "coordinate at the last positions, as a part of the largest value's, mean over "
-              "the heads; in brackets C of error = C log^1.5(n) / s, which a bound that is tight in s "
-              "would leave the same along a line."),
+              "the heads; in brackets C of error = C log^1.5(n) / s, which a bound that is tight in "
+              "s would leave the same along a line."),
         table(lines), "", "Entries that the published schedule's coreset holds at most within 2^20 "
         "tokens; the published bound is 6 n_out:", "",
         table(peaks), "",
