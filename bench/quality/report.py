@@ -363,8 +363,8 @@ def _bound(name: str, stored: dict[str, Any]) -> str:
         _head("How tight the published bounds are", stored,
               f"Random inputs of {HEADS} heads. Error: the largest of any output's "
               "coordinate at the last positions, as a part of the largest value's, mean over "
-              "the heads; in brackets C of error = C log^1.5(n) / s, which a bound that is tight in "
-              "s would leave the same along a line."),
+              "the heads; in brackets C of error = C log^1.5(n) / s, the same along a line where "
+              "a bound is tight in s."),
         table(lines), "", "Entries that the published schedule's coreset holds at most within 2^20 "
         "tokens; the published bound is 6 n_out:", "",
         table(peaks), "",
