@@ -24,8 +24,8 @@ from .harness import Heads
 from .policies import Policy
 from .progress import Progress
 
-#: Cache -> policy.  `even` keeps old tokens as dense as these inputs need them.
 SIZES = "sinks=0,window=32,interval=32"
+#: Cache -> policy.  `even` keeps old tokens as dense as these inputs need them.
 CACHES = {
     "published Express": f"express:schedule=paper,{SIZES}",
     "its schedule, coins": f"uniform:schedule=paper,{SIZES}",
