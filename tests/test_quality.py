@@ -104,6 +104,12 @@ def test_uniform_is_the_oracle_with_coins(heads):
     assert torch.allclose(ours[0, 3:].double(), expected.double(), atol=1e-5)
 
 
+def test_a_tilt_moves_slots_from_late_layers_to_early_ones(model, heads, ids):
+    for name in ("express", "streaming"):
+        _, stream = feed(model, heads, f"{name}:tilt=0.25", 192, ids)
+        assert [cache.peak for cache in stream.caches] == [240, 144]
+
+
 def test_the_window_is_a_band(heads):
     query, key, value = rows(200)
     cache = WindowCache(heads, 50, 4)

@@ -11,13 +11,17 @@ snapkv knorm keydiff expected h2o random
                             streaming eviction; options: interval, sinks, recent, shared=1 (the KV
                             heads of a layer keep the same tokens)
 mixed                       eviction by the better of KeyDiff's and SnapKV's ranks
+
+tilt=x, of all but exact: layers have (1 + x) times the slots at first to (1 - x) times at last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
 
 from express_vllm.layout import PROFILES, Shape, make_shape
 
@@ -57,17 +61,17 @@ class Policy:
         name, _, rest = text.partition(":")
         if name not in ALL:
             raise ValueError(f"policy {name!r} is not one of {', '.join(ALL)}")
-        allowed = {"exact": (), "streaming": ("sinks",)}.get(
+        allowed = {"exact": (), "streaming": ("sinks", "tilt")}.get(
             name,
-            ("schedule", "profile", "kernel", "exponent", *SHAPE_SIZES) if name in OURS
-            else ("interval", "sinks", "recent", "shared"),
+            ("schedule", "profile", "kernel", "exponent", *SHAPE_SIZES, "tilt") if name in OURS
+            else ("interval", "sinks", "recent", "shared", "tilt"),
         )  # fmt: skip
         options: dict[str, Any] = {}
         for part in filter(None, rest.split(",")):
             key, _, value = part.partition("=")
             if key not in allowed:
                 raise ValueError(f"policy {name!r} has no option {key!r}: {', '.join(allowed)}")
-            options[key] = float(value) if key == "exponent" else _value(value, slots)
+            options[key] = float(value) if key in ("exponent", "tilt") else _value(value, slots)
         return cls(name, slots, options)
 
     @property
@@ -78,7 +82,7 @@ class Policy:
 
     def shape(self) -> Shape:
         """The cache shape of ours, and the one whose interval peers follow."""
-        options = {k: v for k, v in self.options.items() if k not in ("kernel", "recent")}
+        options = {k: v for k, v in self.options.items() if k not in ("kernel", "tilt")}
         if self.name == "paper":
             options["schedule"] = "paper"
         if self.name == "uniform":
@@ -89,8 +93,16 @@ class Policy:
 
     def caches(self, heads: Heads, seed: int = 0) -> list[LayerCache]:
         """One per layer."""
-        make = self._maker(heads, seed)
-        return [make(layer) for layer in range(heads.layers)]
+        tilt = self.options.get("tilt", 0.0)
+        if not tilt:
+            make = self._maker(heads, seed)
+            return [make(layer) for layer in range(heads.layers)]
+        level = Policy(self.name, 0, {k: v for k, v in self.options.items() if k != "tilt"})
+        places = torch.linspace(1 + tilt, 1 - tilt, heads.layers).tolist()
+        return [
+            replace(level, slots=round(self.slots * share))._maker(heads, seed)(layer)
+            for layer, share in enumerate(places)
+        ]
 
     def _maker(self, heads: Heads, seed: int) -> Callable[[int], LayerCache]:
         sinks = self.options.get("sinks", SINKS)
