@@ -8,6 +8,7 @@ import math
 import pytest
 
 from bench.quality import report, sweep, texts
+from bench.quality.policies import NAMES
 
 HEAD = {
     "command": "python -m bench.quality nll", "date": "2026-01-01", "hardware": "test",
@@ -86,12 +87,12 @@ def test_parts_of_a_result_become_one():
         report.merged([first, second | {"dtype": "bfloat16"}])
 
 
-#: File, split, number of slots: at 1,024 and 2,048 the held-out documents were only measured before
-#: the query heads took turns, which the documents that defaults are chosen on were not.
+#: File, documents, slots, whether StreamingLLM is clearly behind.  At 1,024 and 2,048 the held-out
+#: documents were only measured before the query heads took turns.
 MEASURED = [
     ("quality-nll.json", 26, 512, True),
     ("quality-sweep.1024.json", 12, 1024, True), ("quality-sweep.2048.json", 12, 2048, True),
-    ("quality-nll-thirteen.json", 13, 1024, False), ("quality-nll-thirteen.json", 13, 2048, False),
+    *(("quality-nll-thirteen.json", 13, slots, False) for slots in (512, 1024, 2048)),
 ]  # fmt: skip
 
 
@@ -102,7 +103,9 @@ def test_the_default_beats_what_it_replaces_and_no_peer_beats_it(name, documents
     gaps = report.gaps(stored["rows"])
     assert stored["length"] >= 8192 and len(stored["documents"]) == documents
     ours = gaps["express", slots]
-    for rival in ("paper", "uniform", "streaming", "snapkv", "expected", "h2o"):
+    rivals = [name for name in NAMES[2:] if (name, slots) in gaps]
+    assert set(NAMES[2:]) - set(rivals) <= {"random"}, "the last one may have run out of time"
+    for rival in rivals:
         worse = [gaps[rival, slots][d] - ours[d] for d in ours]
         mean, spread = report.mean_error(worse)
         if rival in ("paper", "uniform") or (rival == "streaming" and clear):
