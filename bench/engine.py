@@ -1,12 +1,15 @@
 """vLLM end to end on a GPU, express beside FLASH_ATTN: `python -m bench.engine`.
 
 A Llama-3.1-8B with random weights (its speed is that of the real one), or a 70B over several GPUs:
-`--shape 70b --tensor-parallel-size 2 --name engine-70b`.  Two figures a backend:
+`--shape 70b --tensor-parallel-size 2 --name engine-70b`.  The figures
+of a backend:
 
 - time to first token of one prompt, median of the repeats;
 - tokens per second in long-form decoding with as many requests as fit: every request has a prompt
   of 1K tokens and grows by 8K or 16K.  The step time is measured over `--window` steps at several
   lengths and averaged over the way; `--whole` decodes all of it instead.
+
+On several GPUs also the collectives between them in a step, counted and timed by vLLM's profiler.
 
 Each backend runs in a process of its own, one after the other on the same device.
 """
@@ -24,12 +27,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench import record
+from bench import record, traces
 
 BACKENDS = ("FLASH_ATTN", "express")
 PROMPT = 1024
@@ -73,19 +77,22 @@ def tokens(count: int, seed: int) -> list[int]:
 class Engine:
     """A vLLM engine driven step by step."""
 
-    def __init__(self, backend: str, folder: str, options: argparse.Namespace) -> None:
+    def __init__(self, backend: str, folder: Path, options: argparse.Namespace) -> None:
         from vllm import LLM
 
         arguments: dict[str, Any] = {}
+        if options.tensor_parallel_size > 1:
+            arguments["profiler_config"] = traces.options(folder)
         if backend == "express":
-            arguments["additional_config"] = {"express": {"memory_tokens": options.memory}}
+            limits = {"memory_tokens": options.memory, "max_memory_tokens": options.memory}
+            arguments["additional_config"] = {"express": limits}
         self.llm = LLM(
-            folder, attention_backend=backend, load_format="dummy", skip_tokenizer_init=True,
-            max_model_len=max(*options.lengths, PROMPT + max(options.outputs)) + 64,
+            str(folder), attention_backend=backend, load_format="dummy", skip_tokenizer_init=True,
+            max_model_len=max(*prompts(backend, options), PROMPT + max(options.outputs)) + 64,
             max_num_batched_tokens=options.batched_tokens,
-            enable_prefix_caching=False, max_num_seqs=256, dtype="bfloat16",
+            enable_prefix_caching=False, max_num_seqs=options.max_num_seqs, dtype="bfloat16",
             tensor_parallel_size=options.tensor_parallel_size, disable_log_stats=True,
-            gpu_memory_utilization=0.92, **arguments,
+            gpu_memory_utilization=options.gpu_memory_utilization, **arguments,
         )  # fmt: skip
         self.engine = self.llm.llm_engine
         self.count = 0
@@ -105,6 +112,14 @@ class Engine:
         self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
         return name
 
+    @contextlib.contextmanager
+    def profiled(self, name: str) -> Iterator[None]:
+        if name:
+            self.llm.start_profile(name)
+        yield
+        if name:
+            self.llm.stop_profile()
+
     def first_token(self, length: int) -> float:
         """Seconds from the request to its only token."""
         start = time.perf_counter()
@@ -113,9 +128,11 @@ class Engine:
             self.engine.step()
         return time.perf_counter() - start
 
-    def decode(self, requests: int, length: int, window: int, most: int) -> tuple[float, int]:
+    def decode(
+        self, requests: int, length: int, window: int, most: int, profile: str = ""
+    ) -> tuple[float, int]:
         """Seconds in which all requests gain `window` tokens, and the tokens of all together; a
-        request asks for `most`."""
+        request asks for `most`.  The window may be profiled under a name."""
         names = [self.add(tokens(length, i), most) for i in range(requests)]
         seen = dict.fromkeys(names, 0)
 
@@ -126,7 +143,8 @@ class Engine:
 
         run_until(8)
         begin, base = time.perf_counter(), sum(seen.values())
-        run_until(8 + window)
+        with self.profiled(profile):
+            run_until(8 + window)
         seconds, count = time.perf_counter() - begin, sum(seen.values()) - base
         if window + 8 < most:
             self.engine.abort_request(names)
@@ -135,28 +153,53 @@ class Engine:
         return seconds, count
 
 
+def prompts(backend: str, options: argparse.Namespace) -> list[int]:
+    return options.lengths + (options.more_lengths if backend == "express" else [])
+
+
 def fitting(engine: Engine, backend: str, output: int, options: argparse.Namespace) -> int:
     """Requests whose whole length fits."""
     each = options.memory if backend == "express" else PROMPT + output
-    return min(256, engine.slots() // each)
+    return min(options.max_num_seqs, engine.slots() // each)
 
 
 def measure(backend: str, options: argparse.Namespace) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(CONFIG | SHAPES[options.shape]))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(CONFIG | SHAPES[options.shape]))
         begin = time.perf_counter()
         engine = Engine(backend, folder, options)
         row: dict[str, Any] = {
             "backend": backend, "start, s": round(time.perf_counter() - begin),
             "KV slots": engine.slots(),
         }  # fmt: skip
-    engine.first_token(options.lengths[0])  # what is compiled late
-    for length in options.lengths:
-        times = [engine.first_token(length) for _ in range(options.repeats)]
-        row[f"first token at {length}, s"] = round(statistics.median(times), 3)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-    if options.window:
-        row |= long_form(engine, backend, options)
+        engine.first_token(options.lengths[0])  # what is compiled late
+        for length in prompts(backend, options):
+            times = [engine.first_token(length) for _ in range(options.repeats)]
+            row[f"first token at {length}, s"] = round(statistics.median(times), 3)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+        if options.window:
+            row |= long_form(engine, backend, options)
+        if options.tensor_parallel_size > 1:
+            row |= communication(engine, folder)
+    print(json.dumps(row), file=sys.stderr, flush=True)
+    return row
+
+
+def communication(engine: Engine, folder: Path) -> dict[str, Any]:
+    """Collectives of the step of a prompt and of a step of several decoding requests."""
+    length, requests = 8192, 32
+    with engine.profiled("prefill"):
+        engine.first_token(length)
+    engine.decode(requests, PROMPT, 16, 64, profile="decode")
+    row: dict[str, Any] = {}
+    for name, step in (("prefill", f"step of {length} tokens"), ("decode", f"step of {requests}")):
+        try:
+            count, seconds = traces.collectives(folder, name)
+        except (OSError, ValueError) as error:  # minutes of other figures are not lost for it
+            row[f"collectives, {step}"] = f"not counted: {error}"
+            continue
+        row |= {f"collectives, {step}": count, f"their time, {step}, ms": round(1e3 * seconds, 3)}
     return row
 
 
@@ -218,6 +261,7 @@ def _end(group: int) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m bench.engine")
     parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 131072])
+    parser.add_argument("--more-lengths", type=int, nargs="*", default=[], help="express only")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", type=int, default=2048, help="express's memory budget, tokens")
     parser.add_argument("--batched-tokens", type=int, default=8192)
@@ -226,6 +270,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--whole", action="store_true", help="decode the whole output")
     parser.add_argument("--shape", choices=SHAPES, default="8b", help="of Llama-3.1")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--max-num-seqs", type=int, default=256, help="requests at once, at most")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
     parser.add_argument("--name", default="engine", help="of the file in bench/results")
     parser.add_argument("--backends", nargs="*", default=BACKENDS)
     parser.add_argument("--only", help=argparse.SUPPRESS)
@@ -241,8 +287,11 @@ def main() -> None:
         Path(options.output).write_text(json.dumps(measure(options.only, options)))
         sys.stdout.flush()
         os._exit(0)  # the engine's teardown is not measured
-    rows = [in_process(backend) for backend in options.backends]
-    path = record.save(options.name, rows)
+    rows: list[dict[str, Any]] = []
+    for backend in options.backends:
+        rows.append(in_process(backend))
+        hardware = record.hardware(options.tensor_parallel_size)
+        path = record.save(options.name, rows, hardware=hardware)
     print(record.table(transposed(rows)))
     print(f"stored in {path}")
 
@@ -252,9 +301,8 @@ def transposed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     lines = []
     for name in dict.fromkeys(key for row in rows for key in row if key != "backend"):
         line = {"figure": name} | {row["backend"]: row.get(name, "") for row in rows}
-        values = [row.get(name) for row in rows]
-        compared = len(values) == 2 and all(values)
-        line["second / first"] = round(values[1] / values[0], 3) if compared else ""
+        values = [v for row in rows if isinstance(v := row.get(name), int | float) and v]
+        line["second / first"] = round(values[1] / values[0], 3) if len(values) == 2 else ""
         lines.append(line)
     return lines
 

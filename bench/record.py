@@ -14,12 +14,12 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def hardware() -> str:
-    """The accelerator's name, or the processor's with its number of cores."""
+def hardware(devices: int = 1) -> str:
+    """The accelerator's name and number, or the processor's name with its number of cores."""
     import torch
 
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        return (f"{devices} x " if devices > 1 else "") + torch.cuda.get_device_name()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return f"{line.split(':')[1].strip()}, {torch.get_num_threads()} cores"

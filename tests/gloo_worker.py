@@ -3,10 +3,8 @@
 Those spin, so three ranks on two cores would wait for each other's time slices.
 """
 
-from collections import defaultdict
-
-import torch
 import torch.distributed
+from counting import CountingMixin, count
 from vllm.distributed import get_pp_group
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
@@ -20,23 +18,10 @@ TALK = (
     "barrier", "broadcast", "gather", "irecv", "isend", "recv", "reduce", "reduce_scatter",
     "reduce_scatter_tensor", "scatter", "send", "all_gather_object", "broadcast_object_list",
 )  # fmt: skip
-calls, sent = defaultdict(int), defaultdict(int)
+count(torch.distributed, TALK)
 
 
-def counted(name, function):
-    def call(*args, **kwargs):
-        calls[name] += 1
-        sent[name] += sum(x.nbytes for x in args[:1] if isinstance(x, torch.Tensor))
-        return function(*args, **kwargs)
-
-    return call
-
-
-for name in TALK:
-    setattr(torch.distributed, name, counted(name, getattr(torch.distributed, name)))
-
-
-class GlooWorker(ExpressCPUWorker):
+class GlooWorker(CountingMixin, ExpressCPUWorker):
     def load_model(self, *args, **kwargs):
         """vLLM makes the tensors that a later pipeline stage receives in its warm-up, which it
         leaves out on a CPU in eager mode."""
@@ -46,10 +31,3 @@ class GlooWorker(ExpressCPUWorker):
             runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
                 runner.max_num_tokens, runner.model_config.dtype, runner.device
             )
-
-    def collectives(self):
-        """Calls and bytes of this rank's first tensors since the last time, by operation."""
-        found = {name: [calls[name], sent[name]] for name in calls}
-        calls.clear()
-        sent.clear()
-        return found

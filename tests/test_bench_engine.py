@@ -1,14 +1,16 @@
-"""The end-to-end benchmark's arithmetic: requests that fit, steps along the way, the table."""
+"""The end-to-end benchmark: requests that fit, steps along the way, the table, collectives."""
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import json
 
 import pytest
 
-from bench import engine, record
+from bench import engine, record, traces
 
-OPTIONS = argparse.Namespace(memory=2048, outputs=[8192], window=128, whole=False)
+OPTIONS = argparse.Namespace(memory=2048, outputs=[8192], window=128, whole=False, max_num_seqs=256)
 
 
 class Steps:
@@ -42,3 +44,45 @@ def test_the_table_has_a_line_for_every_figure_of_either_backend():
     assert lines[0] == "| figure | FLASH_ATTN | express | second / first |"
     assert lines[2:] == ["| a, s | 4.0 | 1.0 | 0.25 |", "| step of 49, ms | 9.2 |  |  |",
                          "| step of 219, ms |  | 19.1 |  |"]  # fmt: skip
+
+
+def write_trace(path, steps, *, late=0.0):
+    """A rank's trace: `steps` hold the microseconds of each step's collectives."""
+    events = [{"name": "run", "cat": "user_annotation", "ts": 0.0, "dur": 1e6}]
+    number = 0
+    for i, durations in enumerate(steps):
+        begin = 1000.0 * (i + 1)
+        events.append(
+            {"name": "execute_32_context_0", "cat": "user_annotation", "ts": begin, "dur": 100.0}
+        )
+        for name, duration in [
+            ("gemm", 50.0),
+            *(("ncclDevKernel_AllReduce", d) for d in durations),
+        ]:
+            number += 1
+            launch = {"cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": begin + 10}
+            kernel = {"cat": "kernel", "name": name, "ts": begin + 1500 + late, "dur": duration}
+            for event in (launch, kernel):
+                events.append(event | {"args": {"correlation": number}})
+    before = {"cat": "kernel", "name": "ncclDevKernel_AllReduce", "ts": 900.0, "dur": 7.0}
+    events.append(before | {"args": {"correlation": 10**6}})  # launched before the trace began
+    with gzip.open(path, "wt") as file:
+        json.dump({"traceEvents": events}, file)
+
+
+def test_collectives_belong_to_the_step_that_launched_them(tmp_path):
+    """Kernels run a step later than they are launched; the last step is cut."""
+    write_trace(tmp_path / "decode_rank0.1.pt.trace.json.gz", [[10, 20], [30, 40], [5]])
+    write_trace(tmp_path / "decode_rank1.1.pt.trace.json.gz", [[1, 1], [1, 1], [1]], late=1e4)
+    count, seconds = traces.collectives(tmp_path, "decode")
+    assert count == 2
+    assert seconds == pytest.approx(2e-6), "of the rank that waits least"
+
+
+def test_ranks_that_differ_are_an_error(tmp_path):
+    write_trace(tmp_path / "decode_rank0.1.pt.trace.json.gz", [[10, 20]])
+    write_trace(tmp_path / "decode_rank1.1.pt.trace.json.gz", [[10]])
+    with pytest.raises(ValueError, match=r"differ .*\[1, 2\]"):
+        traces.collectives(tmp_path, "decode")
+    with pytest.raises(FileNotFoundError, match="no trace prefill"):
+        traces.collectives(tmp_path, "prefill")

@@ -1,11 +1,15 @@
 """Tensor and data parallelism on two GPUs: `pytest -m gpu2`."""
 
 import pytest
+import random_llama
 import torch
 from test_tensor_parallel import (  # noqa: F401
+    STEPS,
+    TOKENS,
     calls,
     llama,
     one,
+    run_ranks,
     test_two_engines_share_a_load,
     test_two_pipeline_stages_give_the_tokens_of_one,
     test_two_ranks_give_the_tokens_of_one,
@@ -29,3 +33,20 @@ def test_two_gpus_decide_as_one(dtype, slots):
     from rank_cases import compare
 
     compare([torch.device("cuda", i) for i in range(2)], dtype, 8, slots=slots)
+
+
+def test_express_adds_no_communication(tmp_path, llama, calls):  # noqa: F811
+    """Calls and bytes of every step are those of FLASH_ATTN: what the model needs."""
+    talk = {
+        backend: run_ranks(
+            tmp_path, backend, calls["talk"], llama, tensor_parallel_size=2, dtype="bfloat16",
+            enforce_eager=True, worker_cls=f"counting_gpu_worker.{worker}",
+        )["talk"]
+        for backend, worker in (("express", "ExpressWorker"), ("FLASH_ATTN", "OwnWorker"))
+    }  # fmt: skip
+    print(f"in {STEPS} steps: {talk['express'][0]}")
+    assert talk["express"] == talk["FLASH_ATTN"]
+    count, size = talk["express"][0]["all_reduce"]
+    a_step = 2 * random_llama.LAYERS + 1
+    assert count == STEPS * a_step
+    assert size == TOKENS * a_step * random_llama.HIDDEN * 2

@@ -108,6 +108,8 @@ def test_a_tilt_moves_slots_from_late_layers_to_early_ones(model, heads, ids):
     for name in ("express", "streaming"):
         _, stream = feed(model, heads, f"{name}:tilt=0.25", 192, ids)
         assert [cache.peak for cache in stream.caches] == [240, 144]
+        _, stream = feed(model, heads, f"{name}:tilt=0.25,steps=1", 192, ids)
+        assert [cache.peak for cache in stream.caches] == [192, 192]
 
 
 def test_the_window_is_a_band(heads):

@@ -12,7 +12,8 @@ snapkv knorm keydiff expected h2o random
                             heads of a layer keep the same tokens)
 mixed                       eviction by the better of KeyDiff's and SnapKV's ranks
 
-tilt=x, of all but exact: layers have (1 + x) times the slots at first to (1 - x) times at last.
+tilt=x, of all but exact: layers have (1 + x) times the slots at first to (1 - x) times at last;
+steps=n with it: in n groups of layers, each with the mean of its layers.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ ALL = ("exact", *OURS, "streaming", *RECENT)
 #: What is measured unless told otherwise.
 NAMES = tuple(name for name in ALL if name != "mixed")
 SHAPE_SIZES = ("sinks", "heavy", "window", "interval", "group")
+TILTS = ("tilt", "steps")
 TITLES = {
     "exact": "exact", "express": "express (default)", "paper": "published Express",
     "uniform": "uniform thinning", "streaming": "StreamingLLM", "snapkv": "SnapKV-style",
@@ -61,10 +63,10 @@ class Policy:
         name, _, rest = text.partition(":")
         if name not in ALL:
             raise ValueError(f"policy {name!r} is not one of {', '.join(ALL)}")
-        allowed = {"exact": (), "streaming": ("sinks", "tilt")}.get(
+        allowed = {"exact": (), "streaming": ("sinks", *TILTS)}.get(
             name,
-            ("schedule", "profile", "kernel", "exponent", *SHAPE_SIZES, "tilt") if name in OURS
-            else ("interval", "sinks", "recent", "shared", "tilt"),
+            ("schedule", "profile", "kernel", "exponent", *SHAPE_SIZES, *TILTS) if name in OURS
+            else ("interval", "sinks", "recent", "shared", *TILTS),
         )  # fmt: skip
         options: dict[str, Any] = {}
         for part in filter(None, rest.split(",")):
@@ -82,7 +84,7 @@ class Policy:
 
     def shape(self) -> Shape:
         """The cache shape of ours, and the one whose interval peers follow."""
-        options = {k: v for k, v in self.options.items() if k not in ("kernel", "tilt")}
+        options = {k: v for k, v in self.options.items() if k not in ("kernel", *TILTS)}
         if self.name == "paper":
             options["schedule"] = "paper"
         if self.name == "uniform":
@@ -97,12 +99,15 @@ class Policy:
         if not tilt:
             make = self._maker(heads, seed)
             return [make(layer) for layer in range(heads.layers)]
-        level = Policy(self.name, 0, {k: v for k, v in self.options.items() if k != "tilt"})
-        places = torch.linspace(1 + tilt, 1 - tilt, heads.layers).tolist()
-        return [
-            replace(level, slots=round(self.slots * share))._maker(heads, seed)(layer)
-            for layer, share in enumerate(places)
+        level = Policy(self.name, 0, {k: v for k, v in self.options.items() if k not in TILTS})
+        shares = torch.linspace(1 + tilt, 1 - tilt, heads.layers)
+        groups = shares.tensor_split(self.options.get("steps", heads.layers))
+        makers = [
+            replace(level, slots=round(self.slots * float(group.mean())))._maker(heads, seed)
+            for group in groups
+            for _ in group
         ]
+        return [make(layer) for layer, make in enumerate(makers)]
 
     def _maker(self, heads: Heads, seed: int) -> Callable[[int], LayerCache]:
         sinks = self.options.get("sinks", SINKS)
