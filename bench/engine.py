@@ -214,7 +214,7 @@ def long_form(engine: Engine, backend: str, options: argparse.Namespace) -> dict
             seconds, count = engine.decode(requests, PROMPT, output - 9, output)
             row[f"tokens/s, {output} tokens of output"] = round(count / seconds)
             continue
-        lengths = measured_lengths(backend, output, options)
+        lengths = measured_lengths(backend, output, requests, options)
         for length in lengths:
             if (requests, length) not in known:
                 seconds, count = engine.decode(requests, length, options.window, output)
@@ -228,10 +228,14 @@ def long_form(engine: Engine, backend: str, options: argparse.Namespace) -> dict
     return row
 
 
-def measured_lengths(backend: str, output: int, options: argparse.Namespace) -> list[int]:
+def measured_lengths(
+    backend: str, output: int, requests: int, options: argparse.Namespace
+) -> list[int]:
     """Lengths at which the step is timed.  Past its budget a request's step does not depend on its
     length, so express is not measured beyond twice the budget (`--whole` is the check)."""
+    # The first requests decode while the last ones' prompts are read; all must fit to the end.
     last = PROMPT + output - options.window - 8
+    last -= requests * last // options.batched_tokens
     if backend == "express":
         return [PROMPT, min(last, options.memory * 5 // 4), min(last, 2 * options.memory)]
     return [PROMPT, (PROMPT + last) // 2, last]
@@ -287,6 +291,7 @@ def main() -> None:
         Path(options.output).write_text(json.dumps(measure(options.only, options)))
         sys.stdout.flush()
         os._exit(0)  # the engine's teardown is not measured
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that engines are ended too
     rows: list[dict[str, Any]] = []
     for backend in options.backends:
         rows.append(in_process(backend))
