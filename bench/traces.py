@@ -59,5 +59,6 @@ def _of_rank(path: Path) -> tuple[int, float]:
         launch = launched.get(event["args"]["correlation"])
         if launch is not None and launch >= starts[0]:
             steps[bisect.bisect_right(starts, launch) - 1].append(event["dur"])
+    steps = [step for step in steps if step] or [[]]  # an empty step asks the model nothing
     usual = statistics.mode(map(len, steps))
     return usual, 1e-6 * statistics.fmean(sum(s) for s in steps if len(s) == usual)

@@ -80,8 +80,8 @@ def write_trace(path, steps, *, late=0.0):
 
 
 def test_collectives_belong_to_the_step_that_launched_them(tmp_path):
-    """Kernels run a step later than they are launched; the last step is cut."""
-    write_trace(tmp_path / "decode_rank0.1.pt.trace.json.gz", [[10, 20], [30, 40], [5]])
+    """Kernels run a step later than they are launched; steps may be empty, the last one is cut."""
+    write_trace(tmp_path / "decode_rank0.1.pt.trace.json.gz", [[10, 20], [], [], [], [30, 40], [5]])
     write_trace(tmp_path / "decode_rank1.1.pt.trace.json.gz", [[1, 1], [1, 1], [1]], late=1e4)
     count, seconds = traces.collectives(tmp_path, "decode")
     assert count == 2

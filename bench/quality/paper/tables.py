@@ -286,7 +286,7 @@ def time(name: str, stored: dict[str, Any]) -> str:
         title = title or report.title(label)
         lines.append({
             "cache": title, "slots": f"{n:,}" if n else "all", "entries read": f"{row['live']:,}",
-            "µs a token": _duration(row["us"]),
+            "µs a token": _duration(row["us"], 3),
             "NLL gap": "0" if not n else shown(gap) if gap else "-",
         })  # fmt: skip
         if gap:
