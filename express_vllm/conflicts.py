@@ -193,8 +193,8 @@ def matrix() -> str:
         *[f"| {name} | {reason} |" for name, reason in LAYER_CONFLICTS.items()],
         "",
         "Works, and is tested: chunked prefill, preemption, abort, streaming, mixed budgets and",
-        "exact requests in one batch, float32, bfloat16 and float16 caches; tensor, pipeline and data",
-        "parallelism ([operations.md](operations.md#more-than-one-gpu)).",
+        "exact requests in one batch, float32, bfloat16 and float16 caches; tensor, pipeline and",
+        "data parallelism ([operations.md](operations.md#more-than-one-gpu)).",
         "On NVIDIA GPUs this was tried on one H100 and on two.",
         "Not tried yet: LoRA, structured output.",
     ]
