@@ -42,6 +42,7 @@ def run_engine(
 ):
     """Run `calls` on a fresh engine in a subprocess; -> their results."""
     output = tmp_path / f"{backend}.json"
+    output.unlink(missing_ok=True)  # an earlier run's, which would hide that this one fails
     job = {
         "engine": {
             "model": str(smallmodel.ensure()),
