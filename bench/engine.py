@@ -1,8 +1,7 @@
 """vLLM end to end on a GPU, express beside FLASH_ATTN: `python -m bench.engine`.
 
 A Llama-3.1-8B with random weights (its speed is that of the real one), or a 70B over several GPUs:
-`--shape 70b --tensor-parallel-size 2 --name engine-70b`.  The figures
-of a backend:
+`--shape 70b --tensor-parallel-size 2 --name engine-70b`.  Measured of each backend:
 
 - time to first token of one prompt, median of the repeats;
 - tokens per second in long-form decoding with as many requests as fit: every request has a prompt
