@@ -306,7 +306,8 @@ def transposed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name in dict.fromkeys(key for row in rows for key in row if key != "backend"):
         line = {"figure": name} | {row["backend"]: row.get(name, "") for row in rows}
         values = [v for row in rows if isinstance(v := row.get(name), int | float) and v]
-        line["second / first"] = round(values[1] / values[0], 3) if len(values) == 2 else ""
+        compared = len(rows) == len(values) == 2
+        line["second / first"] = round(values[1] / values[0], 3) if compared else ""
         lines.append(line)
     return lines
 

@@ -1,11 +1,9 @@
 """Tensor and data parallelism on two GPUs: `pytest -m gpu2`."""
 
 import pytest
-import random_llama
 import torch
 from test_tensor_parallel import (  # noqa: F401
-    STEPS,
-    TOKENS,
+    assert_only_the_models,
     calls,
     llama,
     one,
@@ -44,9 +42,5 @@ def test_express_adds_no_communication(tmp_path, llama, calls):  # noqa: F811
         )["talk"]
         for backend, worker in (("express", "ExpressWorker"), ("FLASH_ATTN", "OwnWorker"))
     }  # fmt: skip
-    print(f"in {STEPS} steps: {talk['express'][0]}")
     assert talk["express"] == talk["FLASH_ATTN"]
-    count, size = talk["express"][0]["all_reduce"]
-    a_step = 2 * random_llama.LAYERS + 1
-    assert count == STEPS * a_step
-    assert size == TOKENS * a_step * random_llama.HIDDEN * 2
+    assert_only_the_models(talk["express"][0]["all_reduce"], element=2)

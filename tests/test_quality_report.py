@@ -106,7 +106,6 @@ def behind(file, slots, documents):
     return {
         name: report.mean_error([gaps[name, slots][d] - ours[d] for d in ours])
         for name in NAMES[2:]
-        if (name, slots) in gaps
     }
 
 
@@ -114,7 +113,6 @@ def behind(file, slots, documents):
 def test_the_default_beats_what_it_replaces_and_no_peer_beats_it(slots):
     """On the held-out documents."""
     found = behind(f"quality-nll.{slots}.json", slots, 26)
-    assert set(found) == set(NAMES[2:])
     assert {name for name, (mean, error) in found.items() if mean > 2 * error} == BEHIND[slots]
     assert all(mean > -2 * error for mean, error in found.values())
 

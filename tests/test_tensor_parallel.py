@@ -126,17 +126,22 @@ def test_two_ranks_leak_no_block(two):
     assert max(aborts["held"]) == 256 // BLOCK
 
 
+def assert_only_the_models(reductions, element):
+    """The all-reduces of TALKATIVE, whose elements have so many bytes."""
+    count, size = reductions
+    a_step = 2 * random_llama.LAYERS + 1  # after attention, after the MLP, and of the embedding
+    print(f"a step: {count // STEPS} all-reduces of {size // (TOKENS * a_step)} bytes a token")
+    assert count == STEPS * a_step
+    assert size == TOKENS * a_step * random_llama.HIDDEN * element
+
+
 @slow
 @server_test
 def test_express_adds_no_communication(tmp_path, two, llama, calls):
     """The ranks say as much to each other as under vLLM's own backend: what the model needs."""
     own = run_ranks(tmp_path, "CPU_ATTN", calls["talk"], llama, tensor_parallel_size=2)
     assert two["talk"] == own["talk"]
-    count, size = two["talk"][0]["all_reduce"]
-    a_step = 2 * random_llama.LAYERS + 1  # after attention, after the MLP, and of the embedding
-    print(f"a step: {count // STEPS} all-reduces of {size // (TOKENS * a_step)} bytes a token")
-    assert count == STEPS * a_step
-    assert size == TOKENS * a_step * random_llama.HIDDEN * 4
+    assert_only_the_models(two["talk"][0]["all_reduce"], element=4)
     assert set(two["talk"][0]) == {"all_reduce", "all_gather_into_tensor"}, "logits are gathered"
 
 

@@ -96,18 +96,15 @@ class Policy:
     def caches(self, heads: Heads, seed: int = 0) -> list[LayerCache]:
         """One per layer."""
         tilt = self.options.get("tilt", 0.0)
-        if not tilt:
-            make = self._maker(heads, seed)
-            return [make(layer) for layer in range(heads.layers)]
+        steps = self.options.get("steps", heads.layers if tilt else 1)
         level = Policy(self.name, 0, {k: v for k, v in self.options.items() if k not in TILTS})
         shares = torch.linspace(1 + tilt, 1 - tilt, heads.layers)
-        groups = shares.tensor_split(self.options.get("steps", heads.layers))
-        makers = [
-            replace(level, slots=round(self.slots * float(group.mean())))._maker(heads, seed)
-            for group in groups
-            for _ in group
-        ]
-        return [make(layer) for layer, make in enumerate(makers)]
+        caches: list[LayerCache] = []
+        for group in shares.tensor_split(steps):  # its layers share their plans
+            share = float(group.mean())
+            make = replace(level, slots=round(self.slots * share))._maker(heads, seed)
+            caches += map(make, range(len(caches), len(caches) + len(group)))
+        return caches
 
     def _maker(self, heads: Heads, seed: int) -> Callable[[int], LayerCache]:
         sinks = self.options.get("sinks", SINKS)
