@@ -15,6 +15,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from express_vllm.conflicts import refuse_layer
 from express_vllm.scheduler.spec import ExpressSpec
 
+from .pages import slot_pages
+
 
 class ExpressBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [
@@ -109,14 +111,16 @@ class ExpressImpl(AttentionImpl[Any]):
     ) -> torch.Tensor:
         """query [T, heads, d], key and value [T, KV heads, d] -> output [T, heads, d] in place.
 
-        kv_cache: [blocks, KV heads, block size, 2 d], key | value.
+        kv_cache: [blocks, KV heads, block size, 2 d], key | value; more KV heads stand for more
+        slots in wide layers (`slot_pages`).
         """
         if attn_metadata is None:  # memory is being profiled
             self._device.reserve(query)
             return output.zero_()
         if self._path is None:
             self._path = self._device.path(layer_index(layer.layer_name))
-        self._path.forward(query, key, value, kv_cache, attn_metadata, output)
+        pages = slot_pages(kv_cache, self.num_kv_heads)
+        self._path.forward(query, key, value, pages, attn_metadata, output)
         return output
 
 

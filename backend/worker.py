@@ -7,8 +7,10 @@ from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from express_vllm.platforms.common import server_config
 from express_vllm.scheduler.scheduler import STEP_BUDGETS
 
+from .attention import layer_index
 from .step import Step, running
 from .timing import stamp
 
@@ -17,6 +19,15 @@ class BudgetsMixin:
     """Sets the current step around every model execution."""
 
     model_runner: Any
+    vllm_config: Any
+
+    def get_kv_cache_spec(self) -> dict[str, Any]:
+        config = server_config(self.vllm_config)
+        wide = frozenset(config.wide_layers or ())
+        return {
+            name: spec.widened(config.wide_factor) if layer_index(name) in wide else spec
+            for name, spec in super().get_kv_cache_spec().items()  # type: ignore[misc]
+        }
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         budgets = getattr(scheduler_output, STEP_BUDGETS, {})

@@ -37,13 +37,19 @@ from .layout import (
 __all__ = ["FIELDS", "MODES", "PREFIX", "Budget", "BudgetError", "ServerConfig", "resolve"]
 
 MODES = ("express", "exact")
+#: Powers of two, so that a page of a wide layer has one's number of slots too.
+WIDE_FACTORS = (2, 4, 8)
 #: Request field -> what it means (docs/budgets.md).
 FIELDS = {PREFIX + name: str(f.description) for name, f in Fields.model_fields.items()}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A resolved budget.  `shape` is None when every token is kept (then `slots` are needed)."""
+    """A resolved budget.  `shape` is None when every token is kept (then `slots` are needed).
+
+    Slots are those of an ordinary layer; a wide layer holds `wide`, which is None when the server
+    has no wide layers or every token is kept (wide.py).
+    """
 
     mode: str
     memory_tokens: int
@@ -52,17 +58,25 @@ class Budget:
     profile: str
     slots: int
     shape: Shape | None
+    wide: Shape | None = None
 
     @property
     def layout(self) -> Layout | None:
         return None if self.shape is None else layout_for(self.shape)
+
+    def layout_in(self, wide: bool) -> Layout | None:
+        """The layout in wide layers or in ordinary ones."""
+        return layout_for(self.wide) if wide and self.wide else self.layout
 
     def compactions(self, tokens: int) -> int:
         """Events that have run when `tokens` tokens are stored."""
         return 0 if self.shape is None else layout_for(self.shape).events_done(tokens)
 
     def reserved(self, tokens: int) -> int:
-        """Slots that must be allocated once `tokens` tokens are stored."""
+        """Slots that must be allocated once `tokens` tokens are stored.
+
+        Their blocks always suffice in wide layers, where a block holds more slots by the factor by
+        which those layers have more."""
         return tokens if self.shape is None else layout_for(self.shape).reserved(tokens)
 
 
@@ -88,6 +102,9 @@ class ServerConfig:
     interval: int | None = None
     group: int | None = None
     exponent: float = 1.0
+    #: None: those that were measured for the model, if it is a known one (wide.settle).
+    wide_layers: tuple[int, ...] | None = None
+    wide_factor: int = 4
 
     @classmethod
     def parse(cls, raw: object) -> ServerConfig:
@@ -98,7 +115,9 @@ class ServerConfig:
         for name, value in raw.items():
             if name not in known:
                 raise BudgetError(f"express.{name}", value, unknown(str(name), known))
-        config = cls(**raw)
+        layers = raw.get("wide_layers")
+        settled = {"wide_layers": tuple(layers)} if isinstance(layers, list) else {}
+        config = cls(**{**raw, **settled})
         config._check()
         return config
 
@@ -114,6 +133,8 @@ class ServerConfig:
                 _integer(f"express.{name}", value, 0, None)
         _share("express.exponent", self.exponent)
         _integer("express.sinks", self.sinks, 0, 64)
+        _wide("express.wide_layers", self.wide_layers)
+        _choice("express.wide_factor", self.wide_factor, WIDE_FACTORS)
         _integer("express.seed", self.seed, 0, MAX_SEED)
         _choice("express.mode", self.mode, MODES)
         _choice("express.profile", self.profile, tuple(PROFILES))
@@ -138,6 +159,10 @@ class ServerConfig:
             slots, schedule=self.schedule, profile=profile, sinks=self.sinks, heavy=self.heavy,
             window=self.window, interval=self.interval, group=self.group, exponent=self.exponent,
         )  # fmt: skip
+
+    def wide_shape(self, slots: int, profile: str) -> Shape | None:
+        """Of the wide layers when the others hold `slots`."""
+        return self.shape(slots * self.wide_factor, profile) if self.wide_layers else None
 
     def memory_cap(self, max_model_len: int) -> int:
         """The most slots that any request of this server may hold."""
@@ -199,10 +224,10 @@ def resolve(
     if length <= min(memory, compute):
         return Budget(mode, memory, compute, seed, profile, length, None)
     try:
-        shape = config.shape(slots, profile)
+        shape, wide = config.shape(slots, profile), config.wide_shape(slots, profile)
     except ValueError as error:
         raise BudgetError(f"{prefix}memory_tokens", memory, str(error)) from error
-    return Budget(mode, memory, compute, seed, profile, slots, shape)
+    return Budget(mode, memory, compute, seed, profile, slots, shape, wide)
 
 
 def _memory(
@@ -265,6 +290,19 @@ def _share(field: str, value: object) -> None:
         raise BudgetError(field, value, "it must be a number from 0 to 1")
 
 
-def _choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise BudgetError(field, value, f"it must be one of {', '.join(allowed)}")
+def _choice(field: str, value: object, allowed: tuple[str | int, ...]) -> None:
+    if not isinstance(value, type(allowed[0])) or value not in allowed:
+        raise BudgetError(field, value, f"it must be one of {', '.join(map(str, allowed))}")
+
+
+def _wide(field: str, value: object) -> None:
+    if value is None:
+        return
+    rule = "it must be a list of different layer numbers, counted from 0"
+    if not isinstance(value, tuple):
+        raise BudgetError(field, value, rule)
+    for layer in value:
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+            raise BudgetError(field, list(value), rule)
+    if len(set(value)) < len(value):
+        raise BudgetError(field, list(value), rule)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from .budget import ServerConfig
+
 
 @dataclass(frozen=True)
 class KVSize:
@@ -18,14 +20,17 @@ class KVSize:
     head_size: int
     element_bytes: int
     dtype: str
+    #: Slots of wide layers beside one slot of every layer (wide.py).
+    extra: int = 0
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one slot (a key and a value) over all layers and KV heads."""
-        return self.layers * self.kv_heads * 2 * self.head_size * self.element_bytes
+        slots = self.layers + self.extra
+        return slots * self.kv_heads * 2 * self.head_size * self.element_bytes
 
     @classmethod
-    def of(cls, vllm_config: VllmConfig) -> KVSize:
+    def of(cls, vllm_config: VllmConfig, config: ServerConfig) -> KVSize:
         import torch
 
         model, name = vllm_config.model_config, vllm_config.cache_config.cache_dtype
@@ -33,4 +38,5 @@ class KVSize:
         return cls(
             model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(),
             model.get_head_size(), dtype.itemsize, str(dtype).removeprefix("torch."),
+            len(config.wide_layers or ()) * (config.wide_factor - 1),
         )  # fmt: skip

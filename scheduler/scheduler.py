@@ -27,7 +27,7 @@ class _BudgetsMixin:
         super().__init__(*args, **kwargs)
         config = self.vllm_config  # type: ignore[attr-defined]
         self.express_config = server_config(config)
-        self.express_slot_bytes = KVSize.of(config).slot_bytes
+        self.express_slot_bytes = KVSize.of(config, self.express_config).slot_bytes
         self.express_budgets: dict[str, Budget] = {}
         self.express_tracked: dict[str, Tracked] = {}
         self.express_stats = EngineStats(self.log_stats)  # type: ignore[attr-defined]

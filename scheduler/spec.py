@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpressSpec(AttentionSpec):
-    """Pages [KV heads, block size, 2 * head size]."""
+    """Pages [KV heads, block size, 2 * head size].
+
+    `factor` times as many slots a page in a wide layer.  vLLM wants one block size in all layers of
+    a block table, so there `num_kv_heads` is multiplied, and `backend.pages` undoes it.
+    """
+
+    factor: int = 1
+
+    def widened(self, factor: int) -> ExpressSpec:
+        return replace_as(self, ExpressSpec, factor=factor, num_kv_heads=self.num_kv_heads * factor)
 
     @classmethod
     def of(cls, spec: AttentionSpec) -> ExpressSpec:

@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 from express_vllm.budget import FIELDS, BudgetError, ServerConfig, resolve
 from express_vllm.fields import Fields, limited, parse
 from express_vllm.kvsize import KVSize
+from express_vllm.platforms.common import server_config
 from express_vllm.server.answer import with_usage
 from express_vllm.server.body import check_duplicates, merge
 from express_vllm.server.middleware import PATH, ExpressMiddleware, add_to
@@ -144,13 +145,15 @@ def test_a_slot_takes_what_vllms_pages_take(model_path):
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     config = engine_config(model_path, attention_backend="express", dtype="bfloat16")
-    size = KVSize.of(config)
+    equal = KVSize.of(config, ServerConfig(wide_layers=()))
     spec = FullAttentionSpec(
-        block_size=16, num_kv_heads=size.kv_heads, head_size=size.head_size,
+        block_size=16, num_kv_heads=equal.kv_heads, head_size=equal.head_size,
         dtype=config.model_config.dtype,
     )  # fmt: skip
-    assert spec.page_size_bytes * size.layers == 16 * size.slot_bytes
-    assert size == SIZE
+    assert spec.page_size_bytes * equal.layers == 16 * equal.slot_bytes
+    assert equal == SIZE
+    wide = KVSize.of(config, server_config(config))  # 3 of 30 layers with 4 times the slots
+    assert spec.page_size_bytes * (27 + 3 * 4) == 16 * wide.slot_bytes
 
 
 # --- usage and plans ----------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from conftest import BLOCK_SIZE, BLOCKS
 from test_server import watch
 
 pytestmark = pytest.mark.server
+#: Bytes of a slot: 27 ordinary layers, 3 wide ones with four, 3 KV heads of 64, key and value.
+SLOT = (27 + 3 * 4) * 3 * 2 * 64 * 2
 CHAT = [{"role": "user", "content": "What is 2+2?"}]
 
 
@@ -108,7 +110,7 @@ def test_chat_streams_report_in_the_last_chunk(client):
     with_usage = chunks(stream_options={"include_usage": True})
     assert [chunk.usage for chunk in with_usage[:-1]] == [None] * (len(with_usage) - 1)
     found = used(with_usage[-1].usage)
-    assert found["memory_tokens"] == 16 * 2**20 // 23040
+    assert found["memory_tokens"] == 16 * 2**20 // SLOT
     assert found["peak_kv_tokens"] == with_usage[-1].usage.total_tokens - 1
     assert all(chunk.usage is None for chunk in chunks()), "only who asks for usage gets it"
 
@@ -199,7 +201,7 @@ def test_the_configuration_is_the_servers(server):
     config = server.client.get("/v1/express/config").json()
     assert config["defaults"]["memory_tokens"] == 1024
     assert config["limits"]["max_memory_tokens"] == 8192
-    assert config["bytes_per_token"] == 23040
+    assert config["bytes_per_token"] == SLOT
     assert config["pool"]["blocks"] == BLOCKS - 1 and config["pool"]["block_size"] == BLOCK_SIZE
     memory = config["fields"]["memory_tokens"]["anyOf"][0]
     assert (memory["minimum"], memory["maximum"]) == (128, 8192)
@@ -217,7 +219,7 @@ def test_a_plan_is_what_then_happens(server, client, long_prompt):
         assert plan[name] == found[name]
     assert plan["blocks"] == {"planned": 4, "exact": 15}
     assert plan["concurrent_requests"]["planned"] == (BLOCKS - 1) // 4
-    assert plan["bytes"]["planned"] == 256 * 23040
+    assert plan["bytes"]["planned"] == 256 * SLOT
 
 
 @pytest.mark.parametrize(

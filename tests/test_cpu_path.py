@@ -31,17 +31,19 @@ class Runner:
         self.cache = torch.full(
             (pages, KV_HEADS, block_size, 2 * head_size), torch.nan, dtype=dtype
         )
+        self.wide = False
         self.free = torch.randperm(pages, generator=torch.Generator().manual_seed(1)).tolist()
 
-    def start(self, batch, **fields):
+    def start(self, batch, config=ServerConfig(seed=9), **fields):
         budget = resolve(
             {f"express_{k}": v for k, v in fields.items()},
-            ServerConfig(seed=9),
+            config,
             prompt_tokens=len(batch[0]),
             max_tokens=0,
             max_model_len=8192,
         )
-        count = -(-budget.reserved(len(batch[0])) // self.block_size)
+        page = self.block_size // config.wide_factor if self.wide else self.block_size
+        count = -(-budget.reserved(len(batch[0])) // page)
         blocks = [self.free.pop() for _ in range(count)]
         return Sequence(self, budget, batch, blocks)
 
@@ -58,7 +60,7 @@ class Runner:
             stops.append(s.stored)
         query, key, value = (torch.cat([p[i] for p in parts]).to(self.dtype) for i in range(3))
         plan = plan_batch(
-            [s.budget for s, _ in work], starts, stops, table.numpy(), self.block_size
+            [s.budget for s, _ in work], starts, stops, table.numpy(), self.block_size, self.wide
         )
         output = torch.full(
             (starts[-1], KV_HEADS * GROUP, self.head_size), torch.nan, dtype=self.dtype

@@ -1,7 +1,7 @@
 """The GPU path without a GPU: Model Runner V2 and the Triton kernels in Triton's interpreter.
 
 A small random model gives the tokens of the CPU path: chunks and decodes, events in both, exact
-requests, several budgets in one batch.
+requests, several budgets in one batch, an ordinary and a wide layer.
 """
 
 from __future__ import annotations
@@ -42,12 +42,15 @@ def test_the_gpu_path_gives_the_tokens_of_the_cpu_path(tmp_path, random_model):
         request(prompt(1), 3),
         request(prompt(100), 60, memory_tokens=128, seed=5),
         request(prompt(120), 24, memory_tokens=128, profile="even"),
+        request(prompt(230), 30, memory_tokens=128),  # the wide layer's first event is at 240
     ]
     calls = [("generate", {"requests": requests})]
     options = {
         "model": random_model, "skip_tokenizer_init": True, "block_size": 16,
         "max_num_batched_tokens": 192, "max_model_len": 512,
-        "additional_config": {"express": {"memory_tokens": 128}},
+        "additional_config": {
+            "express": {"memory_tokens": 128, "wide_layers": [1], "wide_factor": 2}
+        },
     }  # fmt: skip
     (cpu,) = run_engine(tmp_path, "express", calls, **options)
     (gpu,) = run_engine(tmp_path, "express", calls, interpret=True, **options)

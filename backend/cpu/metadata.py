@@ -132,7 +132,8 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.block_size = kv_cache_spec.block_size
+        self.wide = kv_cache_spec.factor > 1
+        self.block_size = kv_cache_spec.block_size * kv_cache_spec.factor
 
     def build(
         self,
@@ -147,6 +148,7 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
             common.seq_lens.tolist(),
             common.block_table_tensor.numpy(),
             self.block_size,
+            self.wide,
         )
 
 
@@ -156,15 +158,17 @@ def plan_batch(
     stops: Sequence[int],
     table: np.ndarray,
     block_size: int,
+    wide: bool = False,
 ) -> ExpressMetadata:
-    """The plan of a batch: request r owns batch rows [starts[r], starts[r + 1]) and, with them,
-    `stops[r]` tokens; `table` [R, blocks] int32 is the block table."""
+    """The plan of a batch, in wide layers or in ordinary ones, whose pages hold `block_size` slots:
+    request r owns batch rows [starts[r], starts[r + 1]) and, with them, `stops[r]` tokens; `table`
+    [R, blocks] int32 is the block table."""
     sequences: list[SequencePlan] = []
     decodes = _Decodes()
     for r, budget in enumerate(budgets):
         first, count, stop = starts[r], starts[r + 1] - starts[r], stops[r]
         start = stop - count
-        layout = budget.layout if budget else None
+        layout = budget.layout_in(wide) if budget else None
         if count == 1 and not (layout and layout.events(start, stop)):
             decodes.add(first, start, layout, table[r], block_size)
         elif count:

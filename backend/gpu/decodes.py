@@ -61,9 +61,11 @@ class DecodeTables:
 
 
 class DecodeRows:
-    """Host rows by Model Runner V2's request index, and the device table."""
+    """Host rows by Model Runner V2's request index, and the device table, of wide or of ordinary
+    layers."""
 
-    def __init__(self, requests: int, device: torch.device) -> None:
+    def __init__(self, wide: bool, requests: int, device: torch.device) -> None:
+        self._wide = wide
         self._device_words = torch.zeros(words_of(requests), dtype=torch.int32, device=device)
         self._names: list[str | None] = [None] * requests
         # Valid for positions [event, until): live slots = position + shift.
@@ -88,13 +90,13 @@ class DecodeRows:
         for r, i in enumerate(index.tolist()):
             if outside[r] or self._names[i] != names[r]:
                 self._names[i] = names[r]
-                self._renew(i, layout_of(budgets[r]), int(positions[r]))
+                self._renew(i, layout_of(budgets[r], self._wide), int(positions[r]))
         due = []
         for r in np.flatnonzero(positions == self._event[index]).tolist():
             budget, position = budgets[r], int(positions[r])
-            if budget is not None and budget.layout is not None:
+            if budget is not None and (layout := budget.layout_in(self._wide)) is not None:
                 chunk = Chunk(position, position + 1, row=r, seed=budget.seed)
-                due.append((budget.layout, chunk))
+                due.append((layout, chunk))
         return due
 
     def _renew(self, i: int, layout: Layout, position: int) -> None:
@@ -131,6 +133,6 @@ class DecodeRows:
         return DecodeTables.of(device_words.zero_(), count)
 
 
-def layout_of(budget: Budget | None) -> Layout:
+def layout_of(budget: Budget | None, wide: bool) -> Layout:
     """A request's layout; without a budget one that never reaches an event."""
-    return (budget and budget.layout) or layout_for(EXACT_SHAPE)
+    return (budget and budget.layout_in(wide)) or layout_for(EXACT_SHAPE)

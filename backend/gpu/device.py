@@ -25,7 +25,10 @@ class Device:
         self.impl = impl
         scheduler = vllm_config.scheduler_config
         length = vllm_config.model_config.max_model_len
-        self.cap = server_config(vllm_config).memory_cap(length)
+        config = server_config(vllm_config)
+        self.cap = config.memory_cap(length)
+        if config.wide_layers:
+            self.cap = min(self.cap * config.wide_factor, length)
         self.tokens = scheduler.max_num_batched_tokens
         self.scratch: DecodeScratch = decode_scratch(
             scheduler.max_num_seqs, impl.num_heads, impl.head_size, self.cap,

@@ -27,6 +27,7 @@ from vllm.v1.attention.backend import (
 from express_vllm.layout import Layout, Shape, layout_for
 
 from ..kernels.step import Chunk, StepPlan, compact_pages
+from ..pages import slot_pages
 from ..step import current_step
 from .decodes import DecodeRows, DecodeTables, layout_of
 from .timer import CompactionTimer
@@ -62,7 +63,8 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._rows = DecodeRows(vllm_config.scheduler_config.max_num_seqs, device)
+        self.wide = kv_cache_spec.factor > 1
+        self._rows = DecodeRows(self.wide, vllm_config.scheduler_config.max_num_seqs, device)
         self._timer = CompactionTimer(device)
 
     @cached_property
@@ -128,7 +130,7 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
             count = firsts[r + 1] - firsts[r]
             seed = budget.seed if budget else 0
             chunk = Chunk(stops[r] - count, stops[r], firsts[r], r, seed)
-            found.append((layout_of(budget), chunk))
+            found.append((layout_of(budget, self.wide), chunk))
         return [
             StepPlan.make(layout, some, self.layers.group, self.device)
             for layout, chunks in by_shape(found)
@@ -140,7 +142,7 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
 class LayerGroup:
     """The layers of one builder: their pages as offsets from the first one's."""
 
-    cache: Tensor  # [blocks, KV heads, block size, 2 d] of the first layer
+    cache: Tensor  # [blocks, KV heads, slots of a page, 2 d] of the first layer
     offsets: Tensor  # int64 [L], elements
     ids: Tensor  # int64 [L], global layer indices
     count: int
@@ -153,7 +155,8 @@ class LayerGroup:
     def of(cls, layers: Sequence[Any]) -> LayerGroup:
         from ..attention import layer_index
 
-        cache, impl = layers[0].kv_cache, layers[0].impl
+        impl = layers[0].impl
+        cache = slot_pages(layers[0].kv_cache, impl.num_kv_heads)
         starts = [layer.kv_cache.data_ptr() - cache.data_ptr() for layer in layers]
         offsets = [start // cache.element_size() for start in starts]
         ids = [layer_index(layer.layer_name) for layer in layers]

@@ -21,7 +21,7 @@ logger = logging.getLogger("vllm.express")
 
 
 def warm_up(vllm_config: VllmConfig, device: torch.device) -> None:
-    """Run a made-up request of the default budget on pages of its own."""
+    """Run a made-up request of the default budget on pages of its own, ordinary and wide ones."""
     context = vllm_config.compilation_config.static_forward_context
     found = [x for x in context.values() if hasattr(getattr(x, "impl", None), "first_kv_head")]
     if not found:
@@ -30,11 +30,12 @@ def warm_up(vllm_config: VllmConfig, device: torch.device) -> None:
     config = server_config(vllm_config)
     cap = config.memory_cap(vllm_config.model_config.max_model_len)
     shape = config.shape(min(config.memory_tokens, cap), config.profile)
-    layers = LayerGroup.of(found[:1])
-    _, kv_heads, block_size, width = layers.cache.shape
-    step.warm_up(
-        layout_for(shape), kv_heads, layers.group, width // 2, layers.cache.dtype, block_size,
-        device,
-    )  # fmt: skip
+    for layer in {x.kv_cache.shape: x for x in found}.values():
+        layers = LayerGroup.of([layer])
+        _, kv_heads, block_size, width = layers.cache.shape
+        step.warm_up(
+            layout_for(shape), kv_heads, layers.group, width // 2, layers.cache.dtype, block_size,
+            device,
+        )  # fmt: skip
     torch.accelerator.synchronize()
     logger.info("express: GPU kernels ready after %.1f s", time.monotonic() - start)

@@ -1,7 +1,7 @@
 """Policies by name: `name` or `name:key=value,key=value`, each with a number of peak slots.
 
 exact                       every token
-express                     ours, the default; options of the shape: schedule, profile, sinks,
+express                     ours, with equal layers; options of the shape: schedule, profile, sinks,
                             heavy, window, interval, group, exponent; kernel = gaussian, exponential
                             or (CPU) uniform.  A size may be a share of the slots: heavy=0.25
 paper                       published Express, as rebuilt (docs/algorithm.md)
@@ -14,6 +14,8 @@ mixed                       eviction by the better of KeyDiff's and SnapKV's ran
 
 tilt=x, of all but exact: layers have (1 + x) times the slots at first to (1 - x) times at last;
 steps=n with it: in n groups of layers, each with the mean of its layers.
+wide=i/j/..., too: these layers have factor=n (4) times the slots of the others; wide=auto: those
+that the server takes for the model, which is its default.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from typing import Any
 
 import torch
 
+from express_vllm.budget import ServerConfig
 from express_vllm.layout import PROFILES, Shape, make_shape
+from express_vllm.wide import settle
 
 from . import presses
 from .caches import Accumulated, EvictingCache, ExactCache, Score, UniformCache, WindowCache
@@ -39,11 +43,15 @@ RECENT = {"snapkv": 0.0, "knorm": 0.25, "keydiff": 0.25, "expected": 0.25, "h2o"
 OURS = ("express", "paper", "uniform")
 ALL = ("exact", *OURS, "streaming", *RECENT)
 #: What is measured unless told otherwise.
-NAMES = tuple(name for name in ALL if name != "mixed")
+NAMES = (*(name for name in ALL if name != "mixed"), "express:wide=auto")
 SHAPE_SIZES = ("sinks", "heavy", "window", "interval", "group")
 TILTS = ("tilt", "steps")
+WIDE = ("wide", "factor")
+#: What the server does.
+DEFAULT = "express:wide=auto"
 TITLES = {
-    "exact": "exact", "express": "express (default)", "paper": "published Express",
+    "exact": "exact", DEFAULT: "express (default)", "express": "express, equal layers",
+    "paper": "published Express",
     "uniform": "uniform thinning", "streaming": "StreamingLLM", "snapkv": "SnapKV-style",
     "knorm": "KNorm", "keydiff": "KeyDiff", "expected": "expected attention", "h2o": "H2O-style",
     "random": "random eviction", "mixed": "KeyDiff or SnapKV",
@@ -63,16 +71,20 @@ class Policy:
         name, _, rest = text.partition(":")
         if name not in ALL:
             raise ValueError(f"policy {name!r} is not one of {', '.join(ALL)}")
-        allowed = {"exact": (), "streaming": ("sinks", *TILTS)}.get(
+        allowed = {"exact": (), "streaming": ("sinks", *TILTS, *WIDE)}.get(
             name,
-            ("schedule", "profile", "kernel", "exponent", *SHAPE_SIZES, *TILTS) if name in OURS
-            else ("interval", "sinks", "recent", "shared", *TILTS),
+            ("schedule", "profile", "kernel", "exponent", *SHAPE_SIZES, *TILTS, *WIDE)
+            if name in OURS
+            else ("interval", "sinks", "recent", "shared", *TILTS, *WIDE),
         )  # fmt: skip
         options: dict[str, Any] = {}
         for part in filter(None, rest.split(",")):
             key, _, value = part.partition("=")
             if key not in allowed:
                 raise ValueError(f"policy {name!r} has no option {key!r}: {', '.join(allowed)}")
+            if key == "wide":
+                options[key] = value
+                continue
             options[key] = float(value) if key in ("exponent", "tilt") else _value(value, slots)
         return cls(name, slots, options)
 
@@ -84,7 +96,7 @@ class Policy:
 
     def shape(self) -> Shape:
         """The cache shape of ours, and the one whose interval peers follow."""
-        options = {k: v for k, v in self.options.items() if k not in ("kernel", *TILTS)}
+        options = {k: v for k, v in self.options.items() if k not in ("kernel", *TILTS, *WIDE)}
         if self.name == "paper":
             options["schedule"] = "paper"
         if self.name == "uniform":
@@ -94,17 +106,35 @@ class Policy:
         return ForcedShape.of(shape, kernel) if kernel else shape
 
     def caches(self, heads: Heads, seed: int = 0) -> list[LayerCache]:
-        """One per layer."""
+        """One per layer; layers of one size share their plans."""
+        apart = (*TILTS, *WIDE)
+        level = Policy(self.name, 0, {k: v for k, v in self.options.items() if k not in apart})
+        makers: dict[int, Callable[[int], LayerCache]] = {}
+        caches = []
+        for layer, slots in enumerate(self.layer_slots(heads)):
+            if slots not in makers:
+                makers[slots] = replace(level, slots=slots)._maker(heads, seed)
+            caches.append(makers[slots](layer))
+        return caches
+
+    def layer_slots(self, heads: Heads) -> list[int]:
+        """Peak slots of every layer; their mean is at most `slots`."""
+        if wide := self._wide(heads):
+            ordinary = int(self.slots * heads.layers / (heads.layers + sum(wide.values())))
+            return [ordinary * (1 + wide.get(layer, 0)) for layer in range(heads.layers)]
         tilt = self.options.get("tilt", 0.0)
         steps = self.options.get("steps", heads.layers if tilt else 1)
-        level = Policy(self.name, 0, {k: v for k, v in self.options.items() if k not in TILTS})
-        shares = torch.linspace(1 + tilt, 1 - tilt, heads.layers)
-        caches: list[LayerCache] = []
-        for group in shares.tensor_split(steps):  # its layers share their plans
-            share = float(group.mean())
-            make = replace(level, slots=round(self.slots * share))._maker(heads, seed)
-            caches += map(make, range(len(caches), len(caches) + len(group)))
-        return caches
+        groups = torch.linspace(1 + tilt, 1 - tilt, heads.layers).tensor_split(steps)
+        return [round(self.slots * float(g.mean())) for g in groups for _ in range(len(g))]
+
+    def _wide(self, heads: Heads) -> dict[int, int]:
+        """Wide layers -> how many times the slots of an ordinary one they have beside those."""
+        named = self.options.get("wide", "")
+        if named == "auto":
+            config = settle(ServerConfig(), heads.config)
+            return dict.fromkeys(config.wide_layers or (), config.wide_factor - 1)
+        factor = self.options.get("factor", ServerConfig.wide_factor)
+        return {int(layer): factor - 1 for layer in filter(None, named.split("/"))}
 
     def _maker(self, heads: Heads, seed: int) -> Callable[[int], LayerCache]:
         sinks = self.options.get("sinks", SINKS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .policies import Policy
+from .policies import DEFAULT, Policy
 
 #: Axis -> policies.  `default` is part of every axis.
 AXES = {
@@ -22,6 +22,12 @@ AXES = {
         (0.75, 0.25, ",interval=0.0625"), (0.75, 0.25, ",interval=0.25"), (0.75, 0.25, ",group=16"),
         (0.75, 0.25, ",profile=even"), (0.65, 0.25, ""), (0.5, 0.375, ""), (0.25, 0.25, ""),
         (0.75, 0.5, ",window=0.125"), (0.75, 0.375, ",window=0.125"))),
+    # Which layers want more slots than the others, one at a time, at equal memory; then together.
+    "layers": tuple(f"express:wide={i},factor=2" for i in range(30)),
+    "wide": (DEFAULT, *(f"express:wide={w}" for w in (
+        "18", "20", "18/20", "18/23", "17/18/20/23", "17/18/20/23/24",
+        "18,factor=8", "18/20,factor=8", "18/20/23,factor=8", "18,factor=2", "18/20/23,factor=2",
+        "17/18/20/23/24,factor=2"))),
     "peers": ("streaming", "snapkv", "snapkv:recent=0.25", "snapkv:recent=0.5", "h2o",
               "h2o:recent=0.25", "expected", "expected:recent=0.5", "keydiff", "keydiff:recent=0.5",
               "knorm", "knorm:recent=0.5", "random"),

@@ -9,6 +9,7 @@ from ..budget import BudgetError, ServerConfig, resolve
 from ..conflicts import refuse_conflicts
 from ..kvsize import KVSize
 from ..plugin import BACKEND_NAME, BACKEND_PATH
+from ..wide import settle
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -29,10 +30,12 @@ def chosen(vllm_config: VllmConfig) -> bool:
 
 
 def server_config(vllm_config: VllmConfig) -> ServerConfig:
-    """The parsed `--additional-config '{"express": ...}'`."""
+    """The parsed `--additional-config '{"express": ...}'`, with the model's wide layers."""
     extra = vllm_config.additional_config
     raw = extra.get("express", {}) if isinstance(extra, dict) else {}
-    return ServerConfig.parse(raw)
+    config = ServerConfig.parse(raw)
+    model = vllm_config.model_config
+    return config if model is None else settle(config, model.hf_text_config)
 
 
 class ExpressPlatformMixin:
@@ -83,7 +86,7 @@ class ExpressPlatformMixin:
         scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
         if vllm_config.model_config is not None:
             cls.express_max_model_len = vllm_config.model_config.max_model_len
-            cls.express_slot_bytes = KVSize.of(vllm_config).slot_bytes
+            cls.express_slot_bytes = KVSize.of(vllm_config, config).slot_bytes
         cls.express_config = config
         logger.info("express: %s", config)
 

@@ -35,7 +35,7 @@ class Service:
     def __init__(self, state: Any) -> None:
         self.vllm_config = config = state.vllm_config
         self.config = server_config(config)
-        self.size = KVSize.of(config)
+        self.size = KVSize.of(config, self.config)
         self.max_model_len: int = config.model_config.max_model_len
         self.fields = self.config.fields(self.max_model_len)
         self.plan_request = create_model(
