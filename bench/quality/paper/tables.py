@@ -14,7 +14,8 @@ from ..report import mean_error, shown
 from .common import Rows
 
 TITLES = {
-    "express": "Express (equal layers)", "hyper": "HyperAttention-style", "streaming": "StreamingLLM",
+    "express": "Express (equal layers)", "hyper": "HyperAttention-style",
+    "streaming": "StreamingLLM",
     "FA2": "FlashAttention 2 (torch)", "FA3": "FlashAttention 3 (vLLM)",
     "full": "nothing removed", "snapkv": "SnapKV", "pyramid": "PyramidKV",
     "itself": "Express alone",
