@@ -12,6 +12,7 @@ from express_vllm.layout import layout_for
 from express_vllm.reference.cache import ExpressCache
 
 KV_HEADS, GROUP = 2, 3
+SERVER = ServerConfig(seed=9)
 
 
 class Sequence:
@@ -34,7 +35,7 @@ class Runner:
         self.wide = False
         self.free = torch.randperm(pages, generator=torch.Generator().manual_seed(1)).tolist()
 
-    def start(self, batch, config=ServerConfig(seed=9), **fields):
+    def start(self, batch, config=SERVER, **fields):
         budget = resolve(
             {f"express_{k}": v for k, v in fields.items()},
             config,
