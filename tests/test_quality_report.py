@@ -8,7 +8,8 @@ import math
 import pytest
 
 from bench.quality import report, sweep, texts
-from bench.quality.policies import NAMES
+from bench.quality.policies import DEFAULT, NAMES
+from express_vllm.wide import MEASURED
 
 HEAD = {
     "command": "python -m bench.quality nll", "date": "2026-01-01", "hardware": "test",
@@ -68,8 +69,9 @@ def test_the_document_has_every_table_and_plot(tmp_path, monkeypatch):
         (tmp_path / f"{name}.json").write_text(json.dumps(HEAD | more))
     report.write()
     document = (tmp_path / "results.md").read_text()
-    assert "| express (default) | 0.130 ± 0.020 |" in document
-    assert "| express (default) | 128 | 0.75 ± 0.00 |" in document, "a quarter of the gain is lost"
+    assert "| express, equal layers | 0.130 ± 0.020 |" in document
+    kept = "| express, equal layers | 128 | 0.75 ± 0.00 |"
+    assert kept in document, "a quarter of the gain is lost"
     assert "| SnapKV-style | 0.330 (0.200 ± 0.000) |" in document
     for name in ("quality-nll", "quality-error", "quality-recall-repeated"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
@@ -87,43 +89,63 @@ def test_parts_of_a_result_become_one():
         report.merged([first, second | {"dtype": "bfloat16"}])
 
 
-#: Rivals that are clearly behind on the held-out documents, by slots: by more than two paired
-#: standard errors.  StreamingLLM is not at 2,048 (docs/evidence.md).
-BEHIND = {
-    512: {"paper", "uniform", "streaming", "h2o", "knorm", "keydiff", "random"},
-    1024: set(NAMES[2:]),
-    2048: set(NAMES[2:]) - {"streaming"},
-}
+#: What stands beside the default in the stored runs: other caches, and those with wide layers too.
+RIVALS = tuple(name for name in NAMES if name not in ("exact", DEFAULT))
+WIDE_RIVALS = tuple(f"{name}:wide=auto" for name in ("uniform", "streaming", "snapkv", "expected",
+                                                     "h2o"))  # fmt: skip
+SLOTS = (512, 1024, 2048)
 
 
-def behind(file, slots, documents):
-    """Rival -> how far it is behind the default in a stored run, and the paired standard error."""
-    stored = json.loads((report.RESULTS / file).read_text())
+def behind(name, slots, documents, ours, rivals):
+    """Rival -> how far it is behind `ours` in a stored run, and the paired standard error."""
+    files = sorted(report.RESULTS.glob(f"quality-{name}.json"))
+    stored = report.merged([json.loads(file.read_text()) for file in files])
     assert stored["length"] >= 8192 and len(stored["documents"]) == documents
     assert not stored["stopped"]
     gaps = report.gaps(stored["rows"])
-    ours = gaps["express", slots]
+    base = gaps[ours, slots]
     return {
-        name: report.mean_error([gaps[name, slots][d] - ours[d] for d in ours])
-        for name in NAMES[2:]
+        rival: report.mean_error([gaps[rival, slots][d] - base[d] for d in base])
+        for rival in rivals
     }
 
 
-@pytest.mark.parametrize("slots", BEHIND)
-def test_the_default_beats_what_it_replaces_and_no_peer_beats_it(slots):
-    """On the held-out documents."""
-    found = behind(f"quality-nll.{slots}.json", slots, 26)
-    assert {name for name, (mean, error) in found.items() if mean > 2 * error} == BEHIND[slots]
+@pytest.mark.parametrize("slots", SLOTS)
+def test_the_default_beats_everything_on_the_held_out_documents(slots):
+    """By more than two paired standard errors."""
+    found = behind("nll.*", slots, 26, DEFAULT, RIVALS + WIDE_RIVALS)
+    assert all(mean > 2 * error for mean, error in found.values()), found
+
+
+@pytest.mark.parametrize("slots", SLOTS)
+def test_with_equal_layers_nothing_beats_it(slots):
+    found = behind("nll.*", slots, 26, "express", set(RIVALS) - {"express"})
     assert all(mean > -2 * error for mean, error in found.values())
+    clearly = {name for name, (mean, error) in found.items() if mean > 2 * error}
+    assert {"paper", "uniform", "h2o", "knorm", "keydiff", "random"} <= clearly
+    assert ("streaming" in clearly) == (slots < 2048)
 
 
-@pytest.mark.parametrize("slots", BEHIND)
+@pytest.mark.parametrize("slots", SLOTS)
 def test_so_it_does_on_the_documents_that_it_was_chosen_on(slots):
-    found = behind(f"quality-sweep.{slots}.json", slots, 12)
+    found = behind(f"sweep.{slots}", slots, 12, "express", set(RIVALS) - {"express"})
     assert {"paper", "uniform", "streaming", "h2o"} <= {
         name for name, (mean, error) in found.items() if mean > 2 * error
     }
     assert all(mean > -2 * error for mean, error in found.values())
+    ((gain, error),) = behind("sweep-wide", slots, 12, "express", [DEFAULT]).values()
+    assert gain < -2 * error
+
+
+def test_the_wide_layers_are_those_that_gain_most_alone():
+    """With twice the slots, one layer at a time: four are clear, and three of them are taken."""
+    names = [f"express:wide={layer},factor=2" for layer in range(30)]
+    found = behind("sweep-layers", 1024, 12, "express", names)
+    best = sorted(range(30), key=lambda layer: found[names[layer]][0])[:4]
+    assert best == [18, 20, 17, 23]
+    (wide,) = MEASURED.values()
+    assert set(wide.layers) < set(best)
+    assert all(found[names[layer]][0] < -2 * found[names[layer]][1] for layer in best)
 
 
 def test_the_manifest_is_that_of_the_sources():
