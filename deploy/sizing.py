@@ -16,7 +16,7 @@ from express_vllm.server.plan import Capacity
 GIB, BLOCK, MAX_LEN = 1 << 30, 16, 131_072
 #: Layers, KV heads, head size and bytes per element, from the models' config.json.
 MODELS = {
-    "SmolLM2-135M": KVSize(30, 3, 64, 2, "bfloat16"),
+    "SmolLM2-135M": KVSize(30, 3, 64, 2, "bfloat16", extra=3 * 3),  # its wide layers
     "Llama-3.1-8B": KVSize(32, 8, 128, 2, "bfloat16"),
     "Qwen2.5-7B": KVSize(28, 4, 128, 2, "bfloat16"),
     "Llama-3.1-70B": KVSize(80, 8, 128, 2, "bfloat16"),
