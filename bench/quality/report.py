@@ -12,7 +12,7 @@ from typing import Any
 
 from ..record import RESULTS, table
 from . import texts
-from .policies import DEFAULT, TITLES
+from .policies import ALL, DEFAULT, TITLES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "results.md"
 Rows = list[dict[str, Any]]
@@ -72,9 +72,9 @@ def title(label: str) -> str:
     if label in TITLES:
         return TITLES[label]
     name, _, options = label.partition(":")
-    if name == "express" and options:
-        return f"express, {options.replace(',', ', ')}"
-    return TITLES[name] + (f", {options.replace(',', ', ')}" if options else "")
+    words = options.replace("wide=auto", "wide layers").replace(",", ", ")
+    known = "express" if name == "express" and options else TITLES[name]
+    return known + (f", {words}" if words else "")
 
 
 def _head(what: str, stored: dict[str, Any], more: str = "") -> str:
@@ -131,7 +131,14 @@ def _columns(rows: Rows) -> list[int]:
 
 
 def _labels(rows: Rows) -> list[str]:
-    return list(dict.fromkeys(r["policy"] for r in rows if r["policy"] != "exact"))
+    """Ours first, variants of a cache together."""
+    found = dict.fromkeys(r["policy"] for r in rows if r["policy"] != "exact")
+    return sorted(found, key=_place)
+
+
+def _place(label: str) -> tuple[bool, int, bool]:
+    name, _, options = label.partition(":")
+    return label != DEFAULT, ALL.index(name), bool(options)
 
 
 def _nll(name: str, stored: dict[str, Any]) -> str:
@@ -260,6 +267,10 @@ def _by_depth(all_rows: Rows, some: Rows) -> dict[str, str]:
     }
 
 
+#: Policies with options that the plot of recall has too.
+PLOTTED = ("express:profile=even", "keydiff:recent=256")
+
+
 def _repeated(name: str, rows: Rows, slots: list[int]) -> str:
     """Share of exact's gain that is kept; its error by leaving out one document at a time."""
     distances = sorted({r["distance"] for r in rows})
@@ -280,7 +291,7 @@ def _repeated(name: str, rows: Rows, slots: list[int]) -> str:
                 line[f"{d:,} tokens"] = (
                     f"{share:.2f}" if math.isnan(spread) else f"{share:.2f} ± {spread:.2f}"
                 )
-                if n == slots[-1] and (":" not in label or label == "express:profile=even"):
+                if n == slots[-1] and (":" not in label or label in PLOTTED or "wide" in label):
                     points[title(label)][d] = (share, spread)
             if len(line) == 2 + len(distances):
                 lines.append(line)
