@@ -37,7 +37,7 @@ from .layout import (
 __all__ = ["FIELDS", "MODES", "PREFIX", "Budget", "BudgetError", "ServerConfig", "resolve"]
 
 MODES = ("express", "exact")
-#: Powers of two, so that a page of a wide layer has one's number of slots too.
+#: Powers of two, so that the pages of wide layers, too, hold a power of two of slots.
 WIDE_FACTORS = (2, 4, 8)
 #: Request field -> what it means (docs/budgets.md).
 FIELDS = {PREFIX + name: str(f.description) for name, f in Fields.model_fields.items()}
@@ -75,8 +75,8 @@ class Budget:
     def reserved(self, tokens: int) -> int:
         """Slots that must be allocated once `tokens` tokens are stored.
 
-        Their blocks always suffice in wide layers, where a block holds more slots by the factor by
-        which those layers have more."""
+        Their blocks suffice in wide layers too: a block holds `wide_factor` times as many there.
+        """
         return tokens if self.shape is None else layout_for(self.shape).reserved(tokens)
 
 

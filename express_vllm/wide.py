@@ -1,10 +1,10 @@
 """Wide layers: the few layers that find old tokens again hold more slots than the others.
 
-What a small cache costs is not spread evenly: in a model that was measured, one of 30 layers causes
-a quarter of the loss and four more another quarter (docs/evidence.md); such retrieval heads are few
-in every model that was ever looked at (arXiv 2404.15574).  A wide layer holds `factor` times the
-slots of an ordinary one.  Its page has `factor` times the bytes, so that one block table serves all
-layers; a request's budget counts slots of ordinary layers.
+What a small cache costs is not spread evenly: in the model that was measured one of 30 layers
+causes a quarter of the loss, and three together nearly half of it (docs/evidence.md).  Heads that
+retrieve old tokens are few in every model of arXiv 2404.15574, too.  A wide layer holds `factor`
+times the slots of an ordinary one.  Its page has `factor` times the bytes, so that one block table
+serves all layers; a request's budget counts slots of ordinary layers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Wide(NamedTuple):
     factor: int
 
 
-#: Found with `python -m bench.quality layers`; held-out documents in docs/results.md.
+#: Found with `python -m bench.quality sweep --axes layers wide` (docs/evidence.md).
 MEASURED = {
     ModelShape("llama", 30, 576, 9, 3, 49152): Wide((18, 20, 23), 4),  # SmolLM2-135M
 }

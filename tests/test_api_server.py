@@ -202,6 +202,7 @@ def test_the_configuration_is_the_servers(server):
     assert config["defaults"]["memory_tokens"] == 1024
     assert config["limits"]["max_memory_tokens"] == 8192
     assert config["bytes_per_token"] == SLOT
+    assert config["wide"] == {"layers": [18, 20, 23], "factor": 4}
     assert config["pool"]["blocks"] == BLOCKS - 1 and config["pool"]["block_size"] == BLOCK_SIZE
     memory = config["fields"]["memory_tokens"]["anyOf"][0]
     assert (memory["minimum"], memory["maximum"]) == (128, 8192)

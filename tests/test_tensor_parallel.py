@@ -53,6 +53,8 @@ ABORTED = [request(prompt(400, 20 + i), 64, memory_tokens=256) for i in range(10
 #: 200 tokens at once, then one a step.
 TALKATIVE = {**request(prompt(200, 30), 100, memory_tokens=128), "margin": False}
 STEPS, TOKENS = 100, 299
+#: One wide layer of four: of two pipeline stages one has it, the other has not.
+EXPRESS = {"max_memory_tokens": 1024, "memory_tokens": 512, "wide_layers": [1], "wide_factor": 2}
 
 
 def run_ranks(folder, backend, calls, llama, **parallel):
@@ -62,7 +64,7 @@ def run_ranks(folder, backend, calls, llama, **parallel):
     results = run_engine(
         folder, backend, list(calls.values()), model=str(llama),
         environment=FOUND if GPUS else ALONE, max_num_batched_tokens=256, max_model_len=1024,
-        **parallel,
+        additional_config={"express": EXPRESS}, **parallel,
     )  # fmt: skip
     return dict(zip(calls, results, strict=True))
 

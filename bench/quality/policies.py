@@ -42,13 +42,13 @@ RECENT = {"snapkv": 0.0, "knorm": 0.25, "keydiff": 0.25, "expected": 0.25, "h2o"
           "random": 0.25, "mixed": 0.25}  # fmt: skip
 OURS = ("express", "paper", "uniform")
 ALL = ("exact", *OURS, "streaming", *RECENT)
+#: What the server does.
+DEFAULT = "express:wide=auto"
 #: What is measured unless told otherwise.
-NAMES = (*(name for name in ALL if name != "mixed"), "express:wide=auto")
+NAMES = (*(name for name in ALL if name != "mixed"), DEFAULT)
 SHAPE_SIZES = ("sinks", "heavy", "window", "interval", "group")
 TILTS = ("tilt", "steps")
 WIDE = ("wide", "factor")
-#: What the server does.
-DEFAULT = "express:wide=auto"
 TITLES = {
     "exact": "exact", DEFAULT: "express (default)", "express": "express, equal layers",
     "paper": "published Express",

@@ -142,6 +142,7 @@ def describe_server(
         },
         "schedule": config.schedule,
         "shape": asdict(config.shape(memory, config.profile)),
+        "wide": {"layers": config.wide_layers or (), "factor": config.wide_factor},
         "bytes_per_token": size.slot_bytes,
         "model_shape": asdict(size),
         "pool": {
