@@ -205,6 +205,7 @@ def test_layers_are_refused(field, value, word):
         ("vllm.v1.core.sched.scheduler:Scheduler", "_free_blocks", ["request"]),
         ("vllm.v1.core.sched.scheduler:Scheduler", "schedule", ["throttle_prefills"]),
         ("vllm.v1.worker.cpu_worker:CPUWorker", "execute_model", ["scheduler_output"]),
+        ("vllm.v1.worker.cpu_worker:CPUWorker", "get_kv_cache_spec", []),
         ("vllm.platforms.interface:Platform", "validate_request", ["processed_inputs", "params"]),
         ("vllm.platforms.interface:Platform", "get_attn_backend_cls",
          ["selected_backend", "attn_selector_config", "num_heads"]),

@@ -11,6 +11,7 @@ from test_engine import request, run_engine, same_tokens
 from bench.quality import harness
 from bench.quality.policies import DEFAULT, Policy
 from express_vllm import smallmodel
+from express_vllm.backend.attention import ExpressBackend
 from express_vllm.backend.pages import slot_pages
 from express_vllm.budget import BudgetError, ServerConfig, resolve
 from express_vllm.scheduler.spec import ExpressSpec
@@ -87,6 +88,22 @@ def test_a_wide_page_is_the_ordinary_one_with_more_slots():
     pages = slot_pages(cache, 3)
     assert pages.shape == (5, 3, 64, 128) and pages.data_ptr() == cache.data_ptr()
     assert slot_pages(pages, 3) is pages
+
+
+def test_vllm_puts_both_kinds_of_layers_into_one_group(model_path):
+    """So that one block table serves them: a contract with vLLM."""
+    from test_startup import engine_config
+    from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+
+    config = engine_config(model_path, attention_backend="express", dtype="bfloat16")
+    spec = ExpressSpec(block_size=128, num_kv_heads=3, head_size=64, dtype=torch.bfloat16)
+    specs = {f"layers.{i}": spec.widened(4) if i in (18, 20, 23) else spec for i in range(30)}
+    layouts = [layout.name for layout in ExpressBackend.supported_kv_cache_layouts()]
+    resolve_kv_cache_layout(config, [layouts], specs.values())
+    (found,) = get_kv_cache_configs(config, [specs], [1 << 30])
+    assert len(found.kv_cache_groups) == 1 and len(found.kv_cache_groups[0].layer_names) == 30
+    assert found.num_blocks == (1 << 30) // (39 * spec.page_size_bytes)
 
 
 @pytest.mark.parametrize("steps", [[700], [300, 200, 150, 50], [500] + [1] * 200])
