@@ -64,7 +64,7 @@ def run_ranks(folder, backend, calls, llama, **parallel):
     results = run_engine(
         folder, backend, list(calls.values()), model=str(llama),
         environment=FOUND if GPUS else ALONE, max_num_batched_tokens=256, max_model_len=1024,
-        additional_config={"express": EXPRESS}, **parallel,
+        additional_config={"express": EXPRESS} if backend == "express" else {}, **parallel,
     )  # fmt: skip
     return dict(zip(calls, results, strict=True))
 
