@@ -196,6 +196,6 @@ def matrix() -> str:
         "exact requests in one batch, float32, bfloat16 and float16 caches; tensor, pipeline and",
         "data parallelism ([operations.md](operations.md#more-than-one-gpu)).",
         "On NVIDIA GPUs this was tried on one H100 and on two.",
-        "Not tried yet: LoRA, structured output.",
+        "Not tried yet: LoRA, structured output, an engine with wide layers on a GPU.",
     ]
     return "\n".join(lines) + "\n"
