@@ -297,7 +297,7 @@ def test_tables_and_plots_come_from_the_rows(run, tmp_path, monkeypatch):
         (tmp_path / f"quality-paper-{name}.json").write_text(json.dumps(stored))
     report.write()
     document = (tmp_path / "results.md").read_text()
-    assert "| Express (default) | causal | 2.00 ± 0.00 (4.0) | 2.00 ± 0.00 (4.0) |" in document
+    assert "| Express (equal layers) | causal | 2.00 ± 0.00 (4.0) | 2.00 ± 0.00 (4.0) |" in document
     assert "| exact | 0.50 ± 0.50 |" in document
     assert "| express | Express alone | 128 | 128 |" in document
     assert "| exact, torch SDPA | all | 400 |" in document
