@@ -141,6 +141,7 @@ def served(tmp_path, requests, **options):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.server
 def test_all_layers_wide_is_a_larger_budget(tmp_path, text):
     prompts = [text[:900], text[900:1500]]
