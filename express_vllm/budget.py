@@ -115,9 +115,9 @@ class ServerConfig:
         for name, value in raw.items():
             if name not in known:
                 raise BudgetError(f"express.{name}", value, unknown(str(name), known))
-        layers = raw.get("wide_layers")
-        settled = {"wide_layers": tuple(layers)} if isinstance(layers, list) else {}
-        config = cls(**{**raw, **settled})
+        if isinstance(layers := raw.get("wide_layers"), list):
+            raw = {**raw, "wide_layers": tuple(layers)}
+        config = cls(**raw)
         config._check()
         return config
 
@@ -298,11 +298,8 @@ def _choice(field: str, value: object, allowed: tuple[str | int, ...]) -> None:
 def _wide(field: str, value: object) -> None:
     if value is None:
         return
-    rule = "it must be a list of different layer numbers, counted from 0"
-    if not isinstance(value, tuple):
-        raise BudgetError(field, value, rule)
-    for layer in value:
-        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-            raise BudgetError(field, list(value), rule)
-    if len(set(value)) < len(value):
-        raise BudgetError(field, list(value), rule)
+    if isinstance(value, tuple):
+        if all(type(x) is int and x >= 0 for x in value) and len(set(value)) == len(value):
+            return
+        value = list(value)
+    raise BudgetError(field, value, "it must be a list of different layer numbers, counted from 0")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import realdata
 import torch
 
 from express_vllm import smallmodel
@@ -54,6 +55,22 @@ def free_port():
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def tokens(model_path):
+    """The real text's tokens, some 30,000."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_path)(realdata.text())["input_ids"]
+
+
+@pytest.fixture(scope="session")
+def small_config(model_path):
+    """The small model's configuration."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model_path)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import threading
 import httpx
 import openai
 import pytest
-import realdata
 from conftest import BLOCK_SIZE, BLOCKS
 from test_server import watch
 
@@ -24,11 +23,9 @@ def client(server):
 
 
 @pytest.fixture(scope="module")
-def long_prompt(model_path):
+def long_prompt(tokens):
     """1,500 tokens of real text."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_path)(realdata.text())["input_ids"][:1500]
+    return tokens[:1500]
 
 
 def post(server, route, express, **more):

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import realdata
 import torch
 
 from express_vllm import smallmodel
@@ -82,14 +81,6 @@ def run_engine(
     assert output.exists(), text[-8000:]
     print(*[line for line in text.splitlines() if line.startswith("[job]")], sep="\n")
     return json.loads(output.read_text())
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(smallmodel.ensure())
-    return tokenizer(realdata.text())["input_ids"]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import pytest
 from test_wide import (  # noqa: F401
     test_all_layers_wide_is_a_larger_budget,
     test_the_engine_serves_what_the_harness_measures,
-    text,
 )
 
 pytestmark = pytest.mark.gpu

@@ -18,11 +18,6 @@ from express_vllm.layout import layout_for
 from express_vllm.reference.cache import ExpressCache
 
 SLOTS, LENGTH = 128, 300
-#: The configuration of a model whose wide layers are known (express_vllm.wide).
-SMALL = SimpleNamespace(
-    model_type="llama", num_hidden_layers=30, hidden_size=576, num_attention_heads=9,
-    num_key_value_heads=3, vocab_size=49152,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -118,15 +113,17 @@ def test_a_tilt_moves_slots_from_late_layers_to_early_ones(model, heads, ids):
         assert [cache.peak for cache in stream.caches] == [192, 192]
 
 
-def test_wide_layers_hold_more_at_equal_memory(model, heads, ids):
+def test_wide_layers_hold_more_at_equal_memory(model, heads, ids, small_config):
     for name in ("express", "streaming"):
         _, stream = feed(model, heads, f"{name}:wide=1,factor=2", 210, ids)
         assert [cache.peak for cache in stream.caches] == [140, 280]
     assert Policy.parse("express:wide=auto", 210).layer_slots(heads) == [210, 210]
-    small = dataclasses.replace(heads, layers=30, config=SMALL)
+    small = dataclasses.replace(heads, layers=30, config=small_config)
     found = Policy.parse("express:wide=auto", 1024).layer_slots(small)
     assert [layer for layer, slots in enumerate(found) if slots == 4 * 787] == [18, 20, 23]
     assert found.count(787) == 27 and sum(found) <= 30 * 1024
+    with pytest.raises(ValueError, match="the model's layers are 0 to 1"):
+        Policy.parse("express:wide=2", 210).layer_slots(heads)
 
 
 def test_the_window_is_a_band(heads):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,10 +91,18 @@ def test_parts_of_a_result_become_one():
 
 
 #: What stands beside the default in the stored runs: other caches, and those with wide layers too.
-RIVALS = tuple(name for name in NAMES if name not in ("exact", DEFAULT))
-WIDE_RIVALS = tuple(f"{name}:wide=auto" for name in ("uniform", "streaming", "snapkv", "expected",
-                                                     "h2o"))  # fmt: skip
+PEERS = tuple(name for name in NAMES if name not in ("exact", "express", DEFAULT))
+WIDE_PEERS = tuple(
+    f"{name}:wide=auto" for name in ("uniform", "streaming", "snapkv", "expected", "h2o")
+)
 SLOTS = (512, 1024, 2048)
+#: Peers that are clearly behind express with equal layers on the held-out documents, by slots: by
+#: more than two paired standard errors.  StreamingLLM is not at 2,048 (docs/evidence.md).
+BEHIND = {
+    512: {"paper", "uniform", "streaming", "h2o", "knorm", "keydiff", "random"},
+    1024: set(PEERS),
+    2048: set(PEERS) - {"streaming"},
+}
 
 
 def behind(name, slots, documents, ours, rivals):
@@ -113,22 +122,21 @@ def behind(name, slots, documents, ours, rivals):
 @pytest.mark.parametrize("slots", SLOTS)
 def test_the_default_beats_everything_on_the_held_out_documents(slots):
     """By more than two paired standard errors."""
-    found = behind("nll.*", slots, 26, DEFAULT, RIVALS + WIDE_RIVALS)
+    found = behind("nll.*", slots, 26, DEFAULT, ("express", *PEERS, *WIDE_PEERS))
     assert all(mean > 2 * error for mean, error in found.values()), found
 
 
 @pytest.mark.parametrize("slots", SLOTS)
-def test_with_equal_layers_nothing_beats_it(slots):
-    found = behind("nll.*", slots, 26, "express", set(RIVALS) - {"express"})
+def test_with_equal_layers_it_beats_what_it_replaces_and_no_peer_beats_it(slots):
+    """On the held-out documents."""
+    found = behind("nll.*", slots, 26, "express", PEERS)
+    assert {name for name, (mean, error) in found.items() if mean > 2 * error} == BEHIND[slots]
     assert all(mean > -2 * error for mean, error in found.values())
-    clearly = {name for name, (mean, error) in found.items() if mean > 2 * error}
-    assert {"paper", "uniform", "h2o", "knorm", "keydiff", "random"} <= clearly
-    assert ("streaming" in clearly) == (slots < 2048)
 
 
 @pytest.mark.parametrize("slots", SLOTS)
 def test_so_it_does_on_the_documents_that_it_was_chosen_on(slots):
-    found = behind(f"sweep.{slots}", slots, 12, "express", set(RIVALS) - {"express"})
+    found = behind(f"sweep.{slots}", slots, 12, "express", PEERS)
     assert {"paper", "uniform", "streaming", "h2o"} <= {
         name for name, (mean, error) in found.items() if mean > 2 * error
     }
@@ -163,9 +171,14 @@ def test_markup_leaves_text():
 
 
 @pytest.mark.parametrize("slots", [512, 2048])
-def test_the_sweep_has_the_default_and_only_what_fits(slots):
-    policies = sweep.policies(slots, tuple(sweep.AXES), "cuda")
+def test_the_sweep_has_the_default_and_only_what_fits(slots, small_config):
+    heads = SimpleNamespace(layers=30, config=small_config)
+    policies = sweep.policies(slots, tuple(sweep.AXES), "cuda", heads)
     labels = [p.label for p in policies]
     assert labels[:2] == ["exact", "express"]
     assert len(labels) == len(set(labels)) > 30
     assert not any("kernel=uniform" in label for label in labels)
+    assert labels.count("express:wide=29,factor=2") == 1
+    heads = SimpleNamespace(layers=20, config=small_config)
+    labels = [p.label for p in sweep.policies(slots, ("layers", "wide"), "cuda", heads)]
+    assert "express:wide=19,factor=2" in labels and "express:wide=20,factor=2" not in labels

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-import realdata
 from conftest import BLOCK_SIZE
 
 pytestmark = pytest.mark.server
@@ -28,12 +27,9 @@ def completion(server, prompt, max_tokens=16, **arguments):
 
 
 @pytest.fixture(scope="module")
-def long_prompt(model_path):
+def long_prompt(tokens):
     """6,000 tokens of real text."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    return tokenizer(realdata.text())["input_ids"][:6000]
+    return tokens[:6000]
 
 
 def watch(server, done, seen):

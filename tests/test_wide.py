@@ -1,9 +1,9 @@
 """Wide layers hold more slots: what the server takes, and the real engine with them."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
-import realdata
 import torch
 from test_cpu_path import KV_HEADS, Runner, drive, make_batch
 from test_engine import request, run_engine, same_tokens
@@ -17,22 +17,19 @@ from express_vllm.budget import BudgetError, ServerConfig, resolve
 from express_vllm.scheduler.spec import ExpressSpec
 from express_vllm.wide import MEASURED, settle
 
-SMALL = SimpleNamespace(
-    model_type="llama", num_hidden_layers=30, hidden_size=576, num_attention_heads=9,
-    num_key_value_heads=3, vocab_size=49152,
-)  # fmt: skip
-OTHER = SimpleNamespace(**vars(SMALL) | {"hidden_size": 960})
 ON_GPU = torch.cuda.is_available()
 
 
-def test_the_small_model_is_known_and_others_have_equal_layers():
-    found = settle(ServerConfig(), SMALL)
+def test_the_small_model_is_known_and_others_have_equal_layers(small_config):
+    found = settle(ServerConfig(), small_config)
     assert (found.wide_layers, found.wide_factor) == ((18, 20, 23), 4)
-    assert settle(ServerConfig(), OTHER).wide_layers == ()
+    other = copy.copy(small_config)
+    other.hidden_size = 960
+    assert settle(ServerConfig(), other).wide_layers == ()
     assert settle(ServerConfig(), SimpleNamespace(num_hidden_layers=4)).wide_layers == ()
-    assert settle(ServerConfig(wide_layers=()), SMALL).wide_layers == ()
+    assert settle(ServerConfig(wide_layers=()), small_config).wide_layers == ()
     own = ServerConfig.parse({"wide_layers": [3], "wide_factor": 2})
-    assert settle(own, SMALL) == own and own.wide_layers == (3,)
+    assert settle(own, small_config) == own and own.wide_layers == (3,)
 
 
 def test_measured_layers_are_there():
@@ -57,15 +54,15 @@ LIST, FACTORS = "it must be a list of different layer numbers", "it must be one 
         ({"wide_layers": [30]}, "the model's layers are 0 to 29"),
     ],
 )
-def test_wrong_layers_and_factors_are_named(raw, rule):
+def test_wrong_layers_and_factors_are_named(raw, rule, small_config):
     ((name, value),) = raw.items()
     with pytest.raises(BudgetError) as caught:
-        settle(ServerConfig.parse(raw), SMALL)
+        settle(ServerConfig.parse(raw), small_config)
     assert str(caught.value).startswith(f"express.{name}={value!r} is not allowed: {rule}")
 
 
-def test_a_budget_has_both_shapes_and_its_blocks_suffice_for_both():
-    config = settle(ServerConfig(), SMALL)
+def test_a_budget_has_both_shapes_and_its_blocks_suffice_for_both(small_config):
+    config = settle(ServerConfig(), small_config)
     for fields in ({}, {"express_compute_tokens": 600}, {"express_profile": "even"}):
         budget = resolve(
             {"express_memory_tokens": 700, **fields}, config, prompt_tokens=6000, max_tokens=0,
@@ -120,18 +117,6 @@ def test_a_wide_layer_is_an_ordinary_one_of_a_larger_budget(steps):
     assert len(wide.blocks) == 8 and wide.budget.shape.slots == 128
 
 
-@pytest.fixture(scope="module")
-def text():
-    """Tokens of real text."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(smallmodel.ensure())(realdata.text())["input_ids"]
-
-
-def budgeted(prompt, tokens, memory):
-    return request(prompt, tokens, memory_tokens=memory)
-
-
 def served(tmp_path, requests, **options):
     """The requests under a server with these wide layers."""
     options = {"express": {"memory_tokens": 512, "max_memory_tokens": 1024, **options}}
@@ -143,9 +128,9 @@ def served(tmp_path, requests, **options):
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_all_layers_wide_is_a_larger_budget(tmp_path, text):
-    prompts = [text[:900], text[900:1500]]
-    small, large = ([budgeted(p, 40, n) for p in prompts] for n in (128, 512))
+def test_all_layers_wide_is_a_larger_budget(tmp_path, tokens):
+    prompts = [tokens[:900], tokens[900:1500]]
+    small, large = ([request(p, 40, memory_tokens=n) for p in prompts] for n in (128, 512))
     all_wide = served(tmp_path, small, wide_layers=list(range(30)))
     plain = served(tmp_path, large, wide_layers=[])
     assert same_tokens(all_wide, plain) == len(prompts)
@@ -153,11 +138,12 @@ def test_all_layers_wide_is_a_larger_budget(tmp_path, text):
 
 
 @pytest.mark.server
-def test_the_engine_serves_what_the_harness_measures(tmp_path, text):
+def test_the_engine_serves_what_the_harness_measures(tmp_path, tokens):
     """Fed the engine's own text, the harness finds its tokens likeliest where they were clearly so;
     with equal layers it does not."""
-    prompt = text[7000:8500]
-    found = served(tmp_path, [budgeted(prompt, 64, 160)])  # the model's own wide layers
+    prompt = tokens[7000:8500]
+    # The model's own wide layers.
+    found = served(tmp_path, [request(prompt, 64, memory_tokens=160)])
     path = smallmodel.ensure()
     model, _ = harness.load(path, "cuda" if ON_GPU else "cpu", torch.float32)
     heads = harness.heads_of(model)

@@ -225,7 +225,7 @@ def _sweep(arguments: argparse.Namespace, model: Any, heads: Any, tokenizer: Any
     rows = []
     for slots in arguments.slots:
         policies = [Policy.parse(word, slots) for word in arguments.policies or ()]
-        policies = policies or sweep.policies(slots, axes, arguments.device)
+        policies = policies or sweep.policies(slots, axes, arguments.device, heads)
         rows += nll.measure(
             model, heads, documents, policies, arguments.seeds, arguments.first,
             arguments.chunk, arguments.batch,

@@ -47,8 +47,9 @@ DEFAULT = "express:wide=auto"
 #: What is measured unless told otherwise.
 NAMES = (*(name for name in ALL if name != "mixed"), DEFAULT)
 SHAPE_SIZES = ("sinks", "heavy", "window", "interval", "group")
-TILTS = ("tilt", "steps")
-WIDE = ("wide", "factor")
+#: How layers differ.
+BY_LAYER = ("tilt", "steps", "wide", "factor")
+KINDS = {"exponent": float, "tilt": float, "wide": str}
 TITLES = {
     "exact": "exact", DEFAULT: "express (default)", "express": "express, equal layers",
     "paper": "published Express",
@@ -71,21 +72,17 @@ class Policy:
         name, _, rest = text.partition(":")
         if name not in ALL:
             raise ValueError(f"policy {name!r} is not one of {', '.join(ALL)}")
-        allowed = {"exact": (), "streaming": ("sinks", *TILTS, *WIDE)}.get(
+        allowed = {"exact": (), "streaming": ("sinks", *BY_LAYER)}.get(
             name,
-            ("schedule", "profile", "kernel", "exponent", *SHAPE_SIZES, *TILTS, *WIDE)
-            if name in OURS
-            else ("interval", "sinks", "recent", "shared", *TILTS, *WIDE),
+            ("schedule", "profile", "kernel", "exponent", *SHAPE_SIZES, *BY_LAYER) if name in OURS
+            else ("interval", "sinks", "recent", "shared", *BY_LAYER),
         )  # fmt: skip
         options: dict[str, Any] = {}
         for part in filter(None, rest.split(",")):
             key, _, value = part.partition("=")
             if key not in allowed:
                 raise ValueError(f"policy {name!r} has no option {key!r}: {', '.join(allowed)}")
-            if key == "wide":
-                options[key] = value
-                continue
-            options[key] = float(value) if key in ("exponent", "tilt") else _value(value, slots)
+            options[key] = KINDS[key](value) if key in KINDS else _value(value, slots)
         return cls(name, slots, options)
 
     @property
@@ -96,7 +93,7 @@ class Policy:
 
     def shape(self) -> Shape:
         """The cache shape of ours, and the one whose interval peers follow."""
-        options = {k: v for k, v in self.options.items() if k not in ("kernel", *TILTS, *WIDE)}
+        options = {k: v for k, v in self.options.items() if k not in ("kernel", *BY_LAYER)}
         if self.name == "paper":
             options["schedule"] = "paper"
         if self.name == "uniform":
@@ -107,8 +104,7 @@ class Policy:
 
     def caches(self, heads: Heads, seed: int = 0) -> list[LayerCache]:
         """One per layer; layers of one size share their plans."""
-        apart = (*TILTS, *WIDE)
-        level = Policy(self.name, 0, {k: v for k, v in self.options.items() if k not in apart})
+        level = Policy(self.name, 0, {k: v for k, v in self.options.items() if k not in BY_LAYER})
         makers: dict[int, Callable[[int], LayerCache]] = {}
         caches = []
         for layer, slots in enumerate(self.layer_slots(heads)):
@@ -119,22 +115,25 @@ class Policy:
 
     def layer_slots(self, heads: Heads) -> list[int]:
         """Peak slots of every layer; their mean is at most `slots`."""
-        if wide := self._wide(heads):
-            ordinary = int(self.slots * heads.layers / (heads.layers + sum(wide.values())))
-            return [ordinary * (1 + wide.get(layer, 0)) for layer in range(heads.layers)]
+        wide, factor = self._wide(heads)
+        if wide:
+            ordinary = self.slots * heads.layers // (heads.layers + len(wide) * (factor - 1))
+            return [ordinary * (factor if i in wide else 1) for i in range(heads.layers)]
         tilt = self.options.get("tilt", 0.0)
         steps = self.options.get("steps", heads.layers if tilt else 1)
         groups = torch.linspace(1 + tilt, 1 - tilt, heads.layers).tensor_split(steps)
         return [round(self.slots * float(g.mean())) for g in groups for _ in range(len(g))]
 
-    def _wide(self, heads: Heads) -> dict[int, int]:
-        """Wide layers -> how many times the slots of an ordinary one they have beside those."""
+    def _wide(self, heads: Heads) -> tuple[tuple[int, ...], int]:
+        """The wide layers and how many times the slots of an ordinary one they have."""
         named = self.options.get("wide", "")
         if named == "auto":
             config = settle(ServerConfig(), heads.config)
-            return dict.fromkeys(config.wide_layers or (), config.wide_factor - 1)
-        factor = self.options.get("factor", ServerConfig.wide_factor)
-        return {int(layer): factor - 1 for layer in filter(None, named.split("/"))}
+            return config.wide_layers or (), config.wide_factor
+        layers = tuple(map(int, filter(None, named.split("/"))))
+        if any(layer >= heads.layers for layer in layers):
+            raise ValueError(f"{self.label}: the model's layers are 0 to {heads.layers - 1}")
+        return layers, self.options.get("factor", ServerConfig.wide_factor)
 
     def _maker(self, heads: Heads, seed: int) -> Callable[[int], LayerCache]:
         sinks = self.options.get("sinks", SINKS)

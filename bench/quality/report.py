@@ -7,6 +7,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +134,14 @@ def _columns(rows: Rows) -> list[int]:
 def _labels(rows: Rows) -> list[str]:
     """Ours first, variants of a cache together."""
     found = dict.fromkeys(r["policy"] for r in rows if r["policy"] != "exact")
-    return sorted(found, key=_place)
+    return sorted(found, key=place)
 
 
-def _place(label: str) -> tuple[bool, int, bool]:
+def place(label: str) -> tuple[bool, int, bool]:
+    """Sorts labels: the default, the caches as policies.py lists them, exact and what is none."""
     name, _, options = label.partition(":")
-    return label != DEFAULT, ALL.index(name), bool(options)
+    names = [*ALL[1:], name]  # exact comes first there, and last here
+    return label != DEFAULT, names.index(name), bool(options)
 
 
 def _nll(name: str, stored: dict[str, Any]) -> str:
@@ -321,7 +324,7 @@ def jackknife(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _sweep(name: str, stored: dict[str, Any]) -> str:
-    from .sweep import AXES
+    from .sweep import of_axis, single_layer
 
     rows = stored["rows"]
     found, slots = gaps(rows), _columns(rows)
@@ -331,7 +334,8 @@ def _sweep(name: str, stored: dict[str, Any]) -> str:
               "other table uses. Each cell: NLL gap to exact attention, and in brackets the paired "
               "difference from express with equal layers (negative: better than that)."),
     ]  # fmt: skip
-    axes = {axis: AXES[axis] for axis in stored["axes"]}
+    layers = takewhile(set(_labels(rows)).__contains__, map(single_layer, count()))
+    axes = {axis: of_axis(axis, len(list(layers))) for axis in stored["axes"]}
     shown_labels = {_label(text, n) for texts in axes.values() for text in texts for n in slots}
     rest = [label for label in _labels(rows) if label not in shown_labels | {"express"}]
     if rest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .harness import Heads
 from .policies import DEFAULT, Policy
 
 #: Axis -> policies.  `default` is part of every axis.
@@ -22,8 +23,9 @@ AXES = {
         (0.75, 0.25, ",interval=0.0625"), (0.75, 0.25, ",interval=0.25"), (0.75, 0.25, ",group=16"),
         (0.75, 0.25, ",profile=even"), (0.65, 0.25, ""), (0.5, 0.375, ""), (0.25, 0.25, ""),
         (0.75, 0.5, ",window=0.125"), (0.75, 0.375, ",window=0.125"))),
-    # Which layers want more slots than the others, one at a time, at equal memory; then together.
-    "layers": tuple(f"express:wide={i},factor=2" for i in range(30)),
+    # Which layers want more slots than the others: each of the model's, one at a time, at equal
+    # memory (`of_axis`); then the best of SmolLM2-135M together.
+    "layers": (),
     "wide": (DEFAULT, *(f"express:wide={w}" for w in (
         "18", "20", "18/20", "18/23", "17/18/20/23", "17/18/20/23/24",
         "18,factor=8", "18/20,factor=8", "18/20/23,factor=8", "18,factor=2", "18/20/23,factor=2",
@@ -36,16 +38,26 @@ AXES = {
 SMALL = ("schedule", "heavy")
 
 
-def policies(slots: int, axes: tuple[str, ...], device: str) -> list[Policy]:
+def single_layer(layer: int) -> str:
+    return f"express:wide={layer},factor=2"
+
+
+def of_axis(axis: str, layers: int) -> tuple[str, ...]:
+    """What an axis tries on a model of so many layers."""
+    return tuple(map(single_layer, range(layers))) if axis == "layers" else AXES[axis]
+
+
+def policies(slots: int, axes: tuple[str, ...], device: str, heads: Heads) -> list[Policy]:
     """The distinct policies of some axes that fit; a kernel that the device lacks is left out."""
     found: dict[str, Policy] = {}
-    for text in ("exact", "express", *(t for axis in axes for t in AXES[axis])):
+    for text in ("exact", "express", *(t for axis in axes for t in of_axis(axis, heads.layers))):
         if device != "cpu" and text.startswith("express:kernel="):
             continue
         policy = Policy.parse(text, slots)
         try:
             policy.shape()
+            policy.layer_slots(heads)
         except ValueError:
-            continue  # no room for a coreset: not a choice at this budget
+            continue  # no room for a coreset, or no such layer: not a choice here
         found.setdefault(policy.label, policy)
     return list(found.values())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...record import table
-from .. import policies, report
+from .. import report
 from ..report import mean_error, shown
 from .common import Rows
 
@@ -217,14 +217,7 @@ def _share(rows: Rows, task: str, what: str) -> str:
 
 
 def _in_order(labels: Sequence[str]) -> list[str]:
-    """Ours first, then as policies.py lists them, exact last."""
-    names = [name for name in policies.TITLES if name != "exact"]
-
-    def place(label: str) -> int:
-        name = label.partition(":")[0]
-        return names.index(name) if name in names else len(names)
-
-    return sorted(dict.fromkeys(labels), key=place)
+    return sorted(dict.fromkeys(labels), key=report.place)
 
 
 def _gaps(rows: Rows) -> dict[tuple[str, int], list[float]]:
