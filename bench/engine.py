@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from bench import record, traces
+from express_vllm.budget import ServerConfig
 
 BACKENDS = ("FLASH_ATTN", "express")
 PROMPT = 1024
@@ -83,8 +84,11 @@ class Engine:
         if options.tensor_parallel_size > 1:
             arguments["profiler_config"] = traces.options(folder)
         if backend == "express":
-            limits = {"memory_tokens": options.memory, "max_memory_tokens": options.memory}
-            arguments["additional_config"] = {"express": limits}
+            config = {
+                "memory_tokens": options.memory, "max_memory_tokens": options.memory,
+                "wide_layers": options.wide_layers,
+            }  # fmt: skip
+            arguments["additional_config"] = {"express": config}
         self.llm = LLM(
             str(folder), attention_backend=backend, load_format="dummy", skip_tokenizer_init=True,
             max_model_len=max(*prompts(backend, options), PROMPT + max(options.outputs)) + 64,
@@ -230,13 +234,15 @@ def long_form(engine: Engine, backend: str, options: argparse.Namespace) -> dict
 def measured_lengths(
     backend: str, output: int, requests: int, options: argparse.Namespace
 ) -> list[int]:
-    """Lengths at which the step is timed.  Past its budget a request's step does not depend on its
-    length, so express is not measured beyond twice the budget (`--whole` is the check)."""
+    """Lengths at which the step is timed.  Past the slots of its layers a request's step does not
+    depend on its length, so express is not measured far beyond them (`--whole` is the check)."""
     # The first requests decode while the last ones' prompts are read; all must fit to the end.
     last = PROMPT + output - options.window - 8
     last -= requests * last // options.batched_tokens
     if backend == "express":
-        return [PROMPT, min(last, options.memory * 5 // 4), min(last, 2 * options.memory)]
+        wide = ServerConfig().wide_factor if options.wide_layers else 1
+        past = (options.memory * 5 // 4, options.memory * 2, options.memory * wide * 5 // 4)
+        return sorted({PROMPT, *(min(last, length) for length in past)})
     return [PROMPT, (PROMPT + last) // 2, last]
 
 
@@ -267,6 +273,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--more-lengths", type=int, nargs="*", default=[], help="express only")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", type=int, default=2048, help="express's memory budget, tokens")
+    parser.add_argument("--wide-layers", type=int, nargs="*", default=[], help="of express")
     parser.add_argument("--batched-tokens", type=int, default=8192)
     parser.add_argument("--outputs", type=int, nargs="*", default=[8192, 16384])
     parser.add_argument("--window", type=int, default=256, help="steps a length; 0: no decoding")

@@ -195,7 +195,11 @@ def matrix() -> str:
         "Works, and is tested: chunked prefill, preemption, abort, streaming, mixed budgets and",
         "exact requests in one batch, float32, bfloat16 and float16 caches; tensor, pipeline and",
         "data parallelism ([operations.md](operations.md#more-than-one-gpu)).",
-        "On NVIDIA GPUs this was tried on one H100 and on two.",
-        "Not tried yet: LoRA, structured output, an engine with wide layers on a GPU.",
+        "On NVIDIA GPUs this was tried on one and on two H100s and H200s.",
+        "",
+        "Tested on CPUs, not tried on GPUs yet: structured output; LoRA. On a CPU vLLM 0.32 adds",
+        "another request's adapter to a request without one in the same batch, under any backend",
+        "([its repair](https://github.com/vllm-project/vllm/pull/48421) is not in 0.32): serve the",
+        "bare model by a server of its own there (`pytest -m slow tests/test_lora.py`).",
     ]
     return "\n".join(lines) + "\n"

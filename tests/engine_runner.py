@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+import zlib
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -76,7 +77,8 @@ class Engine:
         self.peaks.clear()
         self.preemptions = 0
         free = self.pool.get_num_free_blocks()
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        adapters = [adapter(r["lora"]) if "lora" in r else None for r in requests]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
         return {
             "tokens": [list(o.outputs[0].token_ids) for o in outputs],
             "texts": [o.outputs[0].text for o in outputs],
@@ -125,6 +127,13 @@ class Engine:
     def collectives(self):
         """What each rank said to the others since the last call (gloo_worker.py)."""
         return self.llm.collective_rpc("collectives")
+
+
+def adapter(path):
+    """One adapter a folder; vLLM tells them apart by a positive number."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(path, 1 + zlib.crc32(path.encode()) % (1 << 30), path)
 
 
 def margins(logprobs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -77,6 +78,19 @@ def test_different_budgets_run_at_once(server, long_prompt):
         answers = list(pool.map(lambda b: completion(server, long_prompt[:700], 24, **b), budgets))
     assert [a.status_code for a in answers] == [200] * 4
     assert all(a.json()["usage"]["completion_tokens"] > 0 for a in answers)
+
+
+def test_structured_output_keeps_to_its_form_past_the_budget(server, long_prompt):
+    form = r"[A-Z][a-z]{2,7}, aged [1-9][0-9]\."
+    body = {
+        "model": "small", "prompt": long_prompt[:2000], "max_tokens": 40, "temperature": 0,
+        "vllm_xargs": {"express_memory_tokens": 256}, "structured_outputs": {"regex": form},
+    }  # fmt: skip
+    answer = server.client.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    text = answer.json()["choices"][0]["text"]
+    assert re.fullmatch(form, text), text
+    assert answer.json()["usage"]["express"]["peak_kv_tokens"] == 256
 
 
 @pytest.mark.parametrize(
