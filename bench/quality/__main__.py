@@ -25,7 +25,7 @@ import torch
 
 from .. import record
 from . import bound, error, harness, nll, presses, recall, report, sweep, texts
-from .policies import NAMES, Policy
+from .policies import DEFAULT, NAMES, Policy
 from .progress import Progress
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,7 +44,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "error": {"slots": [512], "length": 3072, "first": 1536, "documents": 1,
               "policies": ["express", "paper", "streaming", "snapkv"]},
     "recall": {"slots": [1024], "length": 3072, "documents": 2,
-               "policies": ["exact", "express", "express:profile=even", "streaming", "snapkv"]},
+               "policies": ["exact", DEFAULT, "express", "express:profile=even", "streaming",
+                            "snapkv"]},
     "sweep": {"slots": [512], "length": 3072, "first": 1024, "documents": 2},
 }  # fmt: skip
 #: A small run looks at prose, code and other languages too.
