@@ -240,7 +240,7 @@ def measured_lengths(
     last = PROMPT + output - options.window - 8
     last -= requests * last // options.batched_tokens
     if backend == "express":
-        wide = ServerConfig().wide_factor if options.wide_layers else 1
+        wide = ServerConfig.wide_factor if options.wide_layers else 1
         past = (options.memory * 5 // 4, options.memory * 2, options.memory * wide * 5 // 4)
         return sorted({PROMPT, *(min(last, length) for length in past)})
     return [PROMPT, (PROMPT + last) // 2, last]

@@ -7,21 +7,18 @@ import torch
 from safetensors.torch import save_file
 from test_engine import BLOCK, OWN, request, run_engine, same_tokens
 
-from express_vllm import smallmodel
-
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 RANK = 8
 
 
-def write_adapter(folder, *, scale):
+def write_adapter(folder, config, *, scale):
     """A random adapter of queries, keys and values in PEFT's format; scale 0 changes nothing."""
-    config = json.loads((smallmodel.ensure() / "config.json").read_text())
     generator = torch.Generator().manual_seed(0)
-    hidden = config["hidden_size"]
-    keys = config["num_key_value_heads"] * (hidden // config["num_attention_heads"])
+    hidden = config.hidden_size
+    keys = config.num_key_value_heads * (hidden // config.num_attention_heads)
     sizes = {"q_proj": hidden, "k_proj": keys, "v_proj": keys}
     weights = {}
-    for layer in range(config["num_hidden_layers"]):
+    for layer in range(config.num_hidden_layers):
         for name, size in sizes.items():
             path = f"base_model.model.model.layers.{layer}.self_attn.{name}"
             down = torch.randn(RANK, hidden, generator=generator) * hidden**-0.5
@@ -35,9 +32,9 @@ def write_adapter(folder, *, scale):
     return str(folder)
 
 
-def test_adapters_and_budgets_go_together(tmp_path, tokens):
-    nothing = write_adapter(tmp_path / "nothing", scale=0.0)
-    random = write_adapter(tmp_path / "random", scale=0.3)
+def test_adapters_and_budgets_go_together(tmp_path, tokens, small_config):
+    nothing = write_adapter(tmp_path / "nothing", small_config, scale=0.0)
+    random = write_adapter(tmp_path / "random", small_config, scale=0.3)
     long, short = tokens[:1500], tokens[3000:3200]
     bounded = request(long, 32, memory_tokens=512, seed=3)
     fits = request(short, 32, memory_tokens=512)
