@@ -2,9 +2,9 @@
 
 A request names its budget through sampling `extra_args` (over HTTP: `vllm_xargs`, or the `express`
 object, which becomes the same), in the fields of `fields.Fields`.  `resolve` turns them into a
-`Budget` or raises `BudgetError`, whose message names the field, the value and what is allowed.  The
-same function runs in the API server, which refuses bad requests, and in the engine, so both always
-agree.
+`Budget` or raises `BudgetError`, whose message names the field, the value and what is allowed.  It
+runs once for a request, at the edge (edge.py); the budget then travels with the request, as
+`Budget.packed` and `unpack`, and nobody decides again.
 """
 
 from __future__ import annotations
@@ -34,11 +34,16 @@ from .layout import (
     make_shape,
 )
 
-__all__ = ["FIELDS", "MODES", "PREFIX", "Budget", "BudgetError", "ServerConfig", "resolve"]
+__all__ = [
+    "FIELDS", "MODES", "PREFIX", "Budget", "BudgetError", "ServerConfig", "on_grid", "resolve",
+    "unpack",
+]  # fmt: skip
 
 MODES = ("express", "exact")
 #: Powers of two, so that the pages of wide layers, too, hold a power of two of slots.
 WIDE_FACTORS = (2, 4, 8)
+#: Budgets that a power of two and the next one have between them, the first included.
+GRID = 16
 #: Request field -> what it means (docs/budgets.md).
 FIELDS = {PREFIX + name: str(f.description) for name, f in Fields.model_fields.items()}
 
@@ -78,6 +83,21 @@ class Budget:
         Their blocks suffice in wide layers too: a block holds `wide_factor` times as many there.
         """
         return tokens if self.shape is None else layout_for(self.shape).reserved(tokens)
+
+    @property
+    def packed(self) -> list[Any]:
+        """What `unpack` makes the budget from, in types that JSON and msgpack have."""
+        return [
+            self.mode, self.memory_tokens, self.compute_tokens, self.seed, self.profile, self.slots,
+            self.shape is not None,
+        ]  # fmt: skip
+
+
+def on_grid(slots: int) -> int:
+    """The most slots that a cache may have and `slots` pay for: at most 16 sizes to a doubling, no
+    two closer than 16, so that a server has a few hundred shapes whatever is asked for."""
+    step = max(GRID, 1 << (slots.bit_length() - 1) >> (GRID.bit_length() - 1))
+    return slots // step * step
 
 
 @dataclass(frozen=True)
@@ -164,6 +184,10 @@ class ServerConfig:
         """Of the wide layers when the others hold `slots`."""
         return self.shape(slots * self.wide_factor, profile) if self.wide_layers else None
 
+    def granted(self, slots: int) -> int:
+        """`on_grid`, but never less than the operator's minimum."""
+        return max(on_grid(slots), min(slots, self.min_memory_tokens))
+
     def memory_cap(self, max_model_len: int) -> int:
         """The most slots that any request of this server may hold."""
         return min(self.max_memory_tokens or max_model_len, max_model_len)
@@ -220,13 +244,31 @@ def resolve(
         given = asked.memory_tokens is not None or asked.memory is not None
         _check_exact(length, memory, given, prefix)
         return Budget(mode, memory, compute, seed, profile, length, None)
-    slots = min(memory, compute + config.ring)
-    if length <= min(memory, compute):
+    if length <= compute:
         return Budget(mode, memory, compute, seed, profile, length, None)
+    memory, compute = config.granted(memory), on_grid(compute)
+    slots = min(memory, compute + config.ring)
     try:
         shape, wide = config.shape(slots, profile), config.wide_shape(slots, profile)
     except ValueError as error:
         raise BudgetError(f"{prefix}memory_tokens", memory, str(error)) from error
+    return Budget(mode, memory, min(compute, memory), seed, profile, slots, shape, wide)
+
+
+def unpack(packed: object, config: ServerConfig, length: int, max_model_len: int) -> Budget:
+    """The budget of `Budget.packed`, for a request that may grow to `length` tokens.
+
+    Raises ValueError if it is no budget of a server with `config`, or not of such a request.
+    """
+    if not isinstance(packed, list) or len(packed) != 7:
+        raise ValueError("the request has no budget that was resolved by this version")
+    mode, memory, compute, seed, profile, slots, bounded = packed
+    shape = wide = None
+    if bounded:
+        shape, wide = config.shape(slots, profile), config.wide_shape(slots, profile)
+    too_small = not bounded and slots < min(length, max_model_len)
+    if too_small or slots > config.memory_cap(max_model_len):
+        raise ValueError(f"{slots} slots are no budget of this server for {length} tokens")
     return Budget(mode, memory, compute, seed, profile, slots, shape, wide)
 
 

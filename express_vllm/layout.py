@@ -25,8 +25,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
+
+import numpy as np
+
+from .schedules import DRAW, HALVE, Count, Lazy, Op, Paper, State
+
+__all__ = [
+    "DRAW", "EXACT_SHAPE", "HALVE", "MAX_TOKENS", "MIN_SLOTS", "PROFILES", "RING_ROWS",
+    "RING_SLOTS", "SCHEDULES", "Attended", "Event", "Layout", "Op", "Segment", "Shape", "State",
+    "layout_for", "make_shape",
+]  # fmt: skip
 
 #: Query rows kept for scoring heavy hitters: the last positions before an event.
 RING_ROWS = 32
@@ -39,7 +49,12 @@ SCHEDULES = ("lazy", "paper")
 #: Profile name -> rho, the ratio of the target sizes of a level and the next heavier one.
 PROFILES = {"recent": 1.0, "even": 0.25}
 
-HALVE, DRAW = 0, 1
+#: Smallest area of a lazy coreset.  A halving needs two entries in some level; with one entry in
+#: each, an overfull area of C slots has more than C levels, which takes 2^(C + 1) - 1 tokens: with
+#: 24, more than MAX_TOKENS.
+MIN_CAPACITY = 24
+#: The longest sequence that layouts are made for: positions fit 32 bits, levels `MIN_CAPACITY`.
+MAX_TOKENS = 1 << 24
 
 
 class Segment(NamedTuple):
@@ -49,20 +64,6 @@ class Segment(NamedTuple):
     length: int
     weight: int
     log2_weight: float
-
-
-class Op(NamedTuple):
-    """One rewrite of a slot range inside an event, in the slots valid when it runs.
-
-    `HALVE`: [start, start + length) -> length / 2 kept entries at start; what follows moves down.
-    `DRAW`: the same range -> one entry; entry 0 counts `seen` times if `seen` > 0, the rest once.
-    """
-
-    kind: int
-    start: int
-    length: int
-    level: int
-    seen: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,10 @@ class Shape:
     @property
     def coreset_start(self) -> int:
         return self.sinks + self.heavy
+
+    def incoming(self, event: int) -> int:
+        """Tokens that leave the recent ones at an event."""
+        return self.interval if event else self.first_event - self.window - self.coreset_start
 
 
 def _power_of_two_below(value: int, low: int, high: int) -> int:
@@ -147,11 +152,12 @@ def make_shape(
         raise ValueError(f"group must be an even number of entries, got {group}")
     ring = RING_SLOTS if heavy else 0
     capacity = slots - ring - sinks - heavy - window - interval
-    if capacity < slots // 8:
+    least = max(slots // 8, MIN_CAPACITY)
+    if capacity < least:
         raise ValueError(
             f"{slots} slots leave {capacity} for the coreset beside {sinks} sinks, {heavy} heavy "
             f"hitters, a window of {window}, an interval of {interval} and {ring} for queries; "
-            f"at least {slots // 8} are needed"
+            f"at least {least} are needed"
         )
     return Shape(
         schedule, slots, ring, sinks, heavy, window, interval, capacity, group, PROFILES[profile],
@@ -199,39 +205,94 @@ class Event(NamedTuple):
     drawn: int
 
 
+class Attended(NamedTuple):
+    """Live slots over a range of token counts."""
+
+    total: int
+    most: int
+
+
 class Layout:
-    """Slot counts, weights and compaction events of one budget, for any token count."""
+    """Slot counts, weights and compaction events of one budget, for any token count.
+
+    Counts are closed forms: they walk nothing and keep nothing.  Only `event`, `events` and
+    `segments` need the sizes of the coreset's levels.
+    """
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
-        self._events: list[Event] = []
-        self._policy = _PaperPolicy(shape) if shape.schedule == "paper" else _LazyPolicy(shape)
+        self._schedule = Paper(shape) if shape.schedule == "paper" else Lazy(shape)
 
     def events_done(self, tokens: int) -> int:
         """How many events have run when `tokens` tokens are stored (E_k < tokens)."""
         late = tokens - 1 - self.shape.first_event
         return 0 if late < 0 else late // self.shape.interval + 1
 
-    def event(self, index: int) -> Event:
-        while len(self._events) <= index:
-            self._events.append(self._next_event())
-        return self._events[index]
-
-    def events(self, start: int, stop: int) -> list[Event]:
-        """The events that run while tokens at positions [start, stop) are processed."""
-        return [self.event(k) for k in range(self.events_done(start), self.events_done(stop))]
+    def position(self, index: Count) -> Count:
+        """Where event `index` runs: before the token at this position."""
+        return self.shape.first_event + index * self.shape.interval
 
     def next_event_position(self, tokens: int) -> int:
         """Position of the first event that has not run when `tokens` tokens are stored."""
-        return self.shape.first_event + self.events_done(tokens) * self.shape.interval
+        return self.position(self.events_done(tokens))
+
+    def live_after(self, index: Count) -> Count:
+        """Live slots after event `index`."""
+        shape = self.shape
+        return shape.coreset_start + self._schedule.stored(index + 1) + shape.window
 
     def live(self, tokens: int) -> int:
         """Slots that hold keys and values when `tokens` tokens are stored."""
         done = self.events_done(tokens)
         if done == 0:
             return tokens
-        event = self.event(done - 1)
-        return event.live_after + tokens - event.position
+        return self.live_after(done - 1) + tokens - self.position(done - 1)
+
+    def thinned(self, start: int, stop: int) -> int:
+        """Entries that the events of the tokens at positions [start, stop) take out."""
+        first, end = self.events_done(start), self.events_done(stop)
+        if first == end:
+            return 0
+        before = self.live(self.position(first))
+        return before + (end - 1 - first) * self.shape.interval - self.live_after(end - 1)
+
+    def attended(self, start: int, stop: int) -> Attended:
+        """Over states of `start` to `stop` - 1 tokens, of which there is at least one."""
+        # Between events k - 1 and k a state of n tokens has n + shift[k] live slots.
+        events = np.arange(self.events_done(start), self.events_done(stop - 1) + 1)
+        bounds = self.position(np.append(events[:1] - 1, events)) + 1
+        bounds[0], bounds[-1] = start, stop
+        shift = np.zeros_like(events)
+        done = events[events > 0]
+        if len(done):
+            shift[events > 0] = self.live_after(done - 1) - self.position(done - 1)
+        low, high = bounds[:-1] + shift, bounds[1:] - 1 + shift
+        return Attended(int(((low + high) * (high - low + 1) // 2).sum()), int(high.max()))
+
+    def event(self, index: int) -> Event:
+        found = _events.get((self, index))
+        if found is None:
+            found = _events[self, index] = self._event(index)
+            if len(_events) > MOST_EVENTS:
+                del _events[next(iter(_events))]
+        return found
+
+    def events(self, start: int, stop: int) -> list[Event]:
+        """The events that run while tokens at positions [start, stop) are processed."""
+        return [self.event(k) for k in range(self.events_done(start), self.events_done(stop))]
+
+    def _event(self, index: int) -> Event:
+        last = _events.get((self, index - 1))
+        before = State(last.levels, last.drawn) if last else self._schedule.state(index)
+        incoming = self.shape.incoming(index)
+        ops, after = self._schedule.compact(before, incoming)
+        self._schedule.keep(index + 1, after)
+        start, window = self.shape.coreset_start, self.shape.window
+        stored = start + before.stored
+        return Event(
+            index, self.position(index), stored, incoming, stored + incoming + window,
+            start + after.stored + window, ops, after.levels, after.drawn,
+        )  # fmt: skip
 
     def segments(self, tokens: int) -> list[Segment]:
         """The live slots in order; lengths sum to `live(tokens)`, length * weight to `tokens`."""
@@ -263,151 +324,17 @@ class Layout:
         """The most entries that a token attends to, itself included."""
         return self.shape.slots - self.shape.ring
 
-    def _next_event(self) -> Event:
-        shape = self.shape
-        index = len(self._events)
-        previous = self._events[-1] if self._events else None
-        position = shape.first_event + index * shape.interval
-        live = previous.live_after + shape.interval if previous else shape.first_event
-        stored = shape.coreset_start
-        if previous:
-            stored += sum(previous.levels) + (1 if previous.drawn else 0)
-        incoming = live - shape.window - stored
-        levels = list(previous.levels) if previous else []
-        ops, levels, drawn = self._policy.compact(
-            levels, previous.drawn if previous else 0, incoming
-        )
-        after = shape.coreset_start + sum(levels) + (1 if drawn else 0) + shape.window
-        return Event(
-            index, position, stored, incoming, live, after, tuple(ops), tuple(levels), drawn
-        )
-
-
-class _Area:
-    """The coreset's level sizes while an event's operations are being planned."""
-
-    def __init__(self, levels: list[int], start: int) -> None:
-        self.levels = levels
-        self.start = start
-        self.ops: list[Op] = []
-
-    def level_start(self, level: int) -> int:
-        return self.start + sum(self.levels[level + 1 :])
-
-    def add(self, level: int, count: int) -> None:
-        while len(self.levels) <= level:
-            self.levels.append(0)
-        self.levels[level] += count
-
-    def halve(self, level: int, length: int) -> None:
-        """Halve the oldest `length` entries of `level`."""
-        self.ops.append(Op(HALVE, self.level_start(level), length, level))
-        self.levels[level] -= length
-        self.add(level + 1, length // 2)
-
-
-class _LazyPolicy:
-    """Keep the area full: on overflow halve the oldest entries of the most oversized level.
-
-    Target sizes are proportional to rho^(top - level): with rho = 1 every weight level gets the
-    same number of slots (recent tokens stay dense), with rho < 1 heavier, older levels get more.
-    """
-
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
-
-    def compact(
-        self, levels: list[int], drawn: int, incoming: int
-    ) -> tuple[list[Op], list[int], int]:
-        shape = self.shape
-        area = _Area(levels, shape.coreset_start)
-        area.add(0, incoming)
-        total = sum(area.levels)
-        while total > shape.capacity:
-            level = self._most_oversized(area.levels)
-            length = min(shape.group, 2 * (total - shape.capacity), area.levels[level] & ~1)
-            area.halve(level, length)
-            total -= length // 2
-        return area.ops, area.levels, 0
-
-    def _most_oversized(self, levels: list[int]) -> int:
-        top = len(levels) - 1
-        unit = self.shape.capacity / sum(self.shape.rho ** (top - w) for w in range(top + 1))
-        excess = [
-            size - unit * self.shape.rho ** (top - w) if size >= 2 else float("-inf")
-            for w, size in enumerate(levels)
-        ]
-        return excess.index(max(excess))
-
-
-class _PaperPolicy:
-    """Published Express: exact, halve and thin phases with streaming Compress2.
-
-    With the coreset at weight 2^m, thinning level w (base <= w < m, base = max(0, m - m-bar))
-    collects groups of n_out * 2^(w + 2 - m) entries and halves each full group into level w + 1;
-    the top level's half joins the coreset.  At 4 * n_out the coreset is halved twice and m grows
-    by two.  Above m-bar one of every 2^base incoming tokens is drawn uniformly (a reservoir of one
-    entry).
-    """
-
-    def __init__(self, shape: Shape) -> None:
-        self.target = shape.target
-        self.inflation = shape.inflation
-        self.start = shape.coreset_start
-
-    def compact(
-        self, levels: list[int], drawn: int, incoming: int
-    ) -> tuple[list[Op], list[int], int]:
-        area = _Area(levels, self.start)
-        exponent = len(levels) - 1
-        if exponent < 0:  # the exact phase ends: 4 * n_out points of weight 1
-            area.add(0, incoming)
-            self._halve_coreset(area, 0)
-            return area.ops, area.levels, 0
-        while incoming:
-            exponent = len(area.levels) - 1
-            base = max(0, exponent - self.inflation)
-            if base:
-                taken, drawn = self._draw(area, base, drawn, incoming)
-            else:
-                taken = min(incoming, self._group(0, exponent) - area.levels[0])
-                area.add(0, taken)
-            incoming -= taken
-            self._cascade(area, base, exponent)
-        return area.ops, area.levels, drawn
-
-    def _group(self, level: int, exponent: int) -> int:
-        return self.target * 2 ** (level + 2) // 2**exponent
-
-    def _draw(self, area: _Area, base: int, drawn: int, incoming: int) -> tuple[int, int]:
-        taken = min(incoming, (1 << base) - drawn)
-        length = taken + (1 if drawn else 0)
-        start = area.level_start(base) + area.levels[base]
-        area.ops.append(Op(DRAW, start, length, base, drawn))
-        drawn += taken
-        if drawn == 1 << base:
-            area.add(base, 1)
-            drawn = 0
-        return taken, drawn
-
-    def _cascade(self, area: _Area, base: int, exponent: int) -> None:
-        for level in range(base, exponent):
-            if area.levels[level] < self._group(level, exponent):
-                return
-            area.halve(level, area.levels[level])
-        if area.levels[exponent] == 4 * self.target:
-            self._halve_coreset(area, exponent)
-
-    def _halve_coreset(self, area: _Area, exponent: int) -> None:
-        area.halve(exponent, 4 * self.target)
-        area.halve(exponent + 1, 2 * self.target)
-
 
 #: Of a request without a budget: its cache never reaches the first event.
 EXACT_SHAPE = Shape("exact", 1 << 40, 0, 0, 0, 0, interval=1 << 40, group=1 << 40)
 
+#: Events of all layouts that were asked for last, some 2 KB each, and the most that are kept.
+_events: dict[tuple[Layout, int], Event] = {}
+MOST_EVENTS = 8192
 
-@lru_cache(maxsize=512)
+
+@cache
 def layout_for(shape: Shape) -> Layout:
-    """The shared `Layout` of a shape: its events are planned once per process."""
+    """The shared `Layout` of a shape.  None is dropped: budgets lie on a grid (budget.on_grid), so
+    that a server has a few hundred, of some KB each."""
     return Layout(shape)

@@ -1,20 +1,24 @@
-"""vLLM's schedulers with budgets: resolved when a request arrives, attached to every step."""
+"""vLLM's schedulers with budgets: read when a request arrives, attached to every step."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request
 
-from express_vllm.budget import Budget, resolve
-from express_vllm.kvsize import KVSize
+from express_vllm.budget import Budget
+from express_vllm.edge import granted
 from express_vllm.platforms.common import server_config
 
 from .manager import ExpressManager
 from .stats import COMPACTION_SECONDS, EngineStats, Tracked, attach
+
+logger = logging.getLogger("vllm.express")
 
 #: Attribute of a SchedulerOutput: request id -> Budget, for every request in the step.
 STEP_BUDGETS = "express_budgets"
@@ -27,30 +31,44 @@ class _BudgetsMixin:
         super().__init__(*args, **kwargs)
         config = self.vllm_config  # type: ignore[attr-defined]
         self.express_config = server_config(config)
-        self.express_slot_bytes = KVSize.of(config, self.express_config).slot_bytes
         self.express_budgets: dict[str, Budget] = {}
         self.express_tracked: dict[str, Tracked] = {}
         self.express_stats = EngineStats(self.log_stats)  # type: ignore[attr-defined]
+        #: (client, request id) of requests that end with an error of their own.
+        self.express_refused: list[tuple[int, str]] = []
         coordinator = self.kv_cache_manager.coordinator  # type: ignore[attr-defined]
         for manager in coordinator.single_type_managers:
             if isinstance(manager, ExpressManager):
                 manager.budgets = self.express_budgets
 
     def add_request(self, request: Request) -> None:
-        if request.request_id not in self.express_budgets:
-            params = request.sampling_params
-            budget = resolve(
-                params.extra_args if params is not None else None,
-                self.express_config,
-                prompt_tokens=request.num_prompt_tokens,
-                max_tokens=request.max_tokens,
-                max_model_len=self.max_model_len,  # type: ignore[attr-defined]
-                slot_bytes=self.express_slot_bytes,
-            )
-            self.express_budgets[request.request_id] = budget
-            self.express_tracked[request.request_id] = Tracked(budget)
-            self.express_stats.arrived(budget)
+        """Never raises: an exception here would end the engine and every other request."""
+        name, length = request.request_id, self.max_model_len  # type: ignore[attr-defined]
+        try:
+            budget = granted(request, self.express_config, length)
+        except ValueError as error:
+            self._refuse(request, str(error))
+            return
+        if name in self.requests:  # type: ignore[attr-defined]
+            self._refuse(request, "its id is that of a request that runs")
+            return
+        self.express_budgets[name] = budget
+        self.express_tracked[name] = Tracked(budget)
+        self.express_stats.arrived(budget)
         super().add_request(request)  # type: ignore[misc]
+
+    def _refuse(self, request: Request, reason: str) -> None:
+        """End a request that the scheduler has not taken; the next step tells its client."""
+        name, client = request.request_id, request.client_index
+        logger.error("express: request %r ends with an error: %s", name, reason)
+        self.express_refused.append((client, name))
+        if name in self.requests:  # type: ignore[attr-defined]
+            return
+        # vLLM takes a step while it has ids of finished requests to pass on.
+        self.finished_req_ids.add(name)  # type: ignore[attr-defined]
+        by_client = self.finished_req_ids_dict  # type: ignore[attr-defined]
+        if by_client is not None:
+            by_client[client].add(name)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -64,9 +82,14 @@ class _BudgetsMixin:
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         seconds = getattr(model_runner_output, COMPACTION_SECONDS, 0.0)
         self.express_stats.compaction_seconds += seconds
-        return super().update_from_output(  # type: ignore[misc]
+        outputs = super().update_from_output(  # type: ignore[misc]
             scheduler_output, model_runner_output
         )
+        for client, name in self.express_refused:
+            of_client = outputs.setdefault(client, EngineCoreOutputs())
+            of_client.outputs.append(EngineCoreOutput(name, [], finish_reason=FinishReason.ERROR))
+        self.express_refused = []
+        return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]

@@ -27,30 +27,20 @@ NAME = "express:"
 class Tracked:
     """One request in the engine: its budget and how far it has come."""
 
-    __slots__ = ("budget", "layout", "most", "next_event")
+    __slots__ = ("budget", "layout", "most")
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
         self.layout: Layout | None = budget.layout
         self.most = 0
-        self._restart()
-
-    def _restart(self) -> None:
-        self.next_event = self.layout.next_event_position(0) if self.layout else None
 
     def advance(self, start: int, stop: int) -> tuple[int, int]:
         """Tokens [start, stop) are processed; -> compactions, entries that they thin out."""
-        if stop > self.most:
-            self.most = stop
+        self.most = max(self.most, stop)
         if self.layout is None:
             return 0, 0
-        if start == 0:  # a new request, or one that was preempted and starts again
-            self._restart()
-        if self.next_event is None or stop <= self.next_event:
-            return 0, 0
-        events = self.layout.events(start, stop)
-        self.next_event = self.layout.next_event_position(stop)
-        return len(events), sum(e.live_before - e.live_after for e in events)
+        events = self.layout.events_done(stop) - self.layout.events_done(start)
+        return events, self.layout.thinned(start, stop)
 
 
 @dataclass

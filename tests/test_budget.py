@@ -1,12 +1,14 @@
 """Budgets: what is accepted, what is refused, and what the refusal says."""
 
+import json
 import math
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from express_vllm.budget import BudgetError, ServerConfig, resolve
+from express_vllm.budget import BudgetError, ServerConfig, on_grid, resolve, unpack
 from express_vllm.layout import RING_SLOTS
 
 CONFIG = ServerConfig(memory_tokens=1024, max_memory_tokens=4096)
@@ -63,6 +65,68 @@ def test_bad_fields_name_field_value_and_range(fields, words):
         ask(**fields)
     for word in words:
         assert word in str(error.value)
+
+
+@given(st.integers(128, 1 << 24))
+def test_the_grid_gives_nearly_what_is_asked_for(slots):
+    granted = on_grid(slots)
+    assert slots * (1 - 15 / 143) <= granted <= slots
+    assert on_grid(granted) == granted, "what a request was granted it can ask for"
+
+
+def test_a_server_has_a_few_hundred_shapes_whatever_is_asked_for():
+    """All memory budgets of a server of 128K tokens, and compute budgets below them."""
+    config = ServerConfig()
+    shapes = set()
+    for memory in range(128, 131_072, 7):
+        extra = {"express_memory_tokens": memory}
+        if memory % 2:
+            extra["express_compute_tokens"] = 128 + memory * 37 % (memory - 127)
+        budget = resolve(
+            extra, config, prompt_tokens=131_000, max_tokens=72, max_model_len=131_072
+        )  # fmt: skip
+        assert budget.slots <= budget.memory_tokens <= memory
+        shapes.add(budget.shape)
+    assert 100 < len(shapes) < 400
+
+
+def test_the_operators_minimum_is_granted_even_off_the_grid():
+    config = ServerConfig(memory_tokens=2048, min_memory_tokens=205)
+    assert ask(config, memory_tokens=206).memory_tokens == 205
+
+
+@given(
+    st.integers(128, 4096), st.integers(1, 8000), st.integers(1, 300), st.integers(0, 2**63 - 1),
+    st.sampled_from(["recent", "even"]),
+)  # fmt: skip
+def test_a_budget_survives_its_way_to_the_engine(memory, prompt, output, seed, profile):
+    config = ServerConfig(max_memory_tokens=4096, wide_layers=(1,))
+    budget = ask(
+        config, prompt, output, memory_tokens=memory, seed=seed, profile=profile
+    )  # fmt: skip
+    sent = msgspec.msgpack.decode(msgspec.msgpack.encode(budget.packed))
+    assert unpack(sent, config, prompt + output, 8192) == budget
+    assert unpack(json.loads(json.dumps(budget.packed)), config, prompt + output, 8192) == budget
+
+
+@pytest.mark.parametrize(
+    ("packed", "length"),
+    [
+        (None, 100),
+        ({"mode": "express"}, 100),
+        ([], 100),
+        (["express", 512, 512, 0, "recent", 512], 6000),
+        (["express", 512, 512, 0, "nowhere", 512, True], 6000),
+        (["express", 512, 512, 0, "recent", 100, True], 6000),
+        (["express", 8000, 8000, 0, "recent", 8000, True], 6000),
+        (["exact", 4096, 4096, 0, "recent", 99, False], 100),
+        (["exact", 8192, 8192, 0, "recent", 5000, False], 5000),
+    ],
+)
+def test_what_is_no_budget_of_this_server_is_told(packed, length):
+    """A request that outgrows what its budget says would write into the blocks of others."""
+    with pytest.raises(ValueError, match=r"no budget|not one of|at least 128"):
+        unpack(packed, CONFIG, length, 8192)
 
 
 def test_other_extra_args_are_left_alone():

@@ -6,14 +6,18 @@ from hypothesis import strategies as st
 
 from express_vllm.layout import (
     HALVE,
+    MAX_TOKENS,
     MIN_SLOTS,
+    MOST_EVENTS,
     PROFILES,
     RING_ROWS,
     SCHEDULES,
     Layout,
+    _events,
     layout_for,
     make_shape,
 )
+from express_vllm.schedules import Lazy, Paper, State
 
 shapes = st.builds(
     make_shape,
@@ -86,6 +90,97 @@ def test_event_is_consistent(shape, index):
     incoming_end = event.incoming_start + event.incoming
     assert incoming_end == event.live_before - shape.window, "the window is never compacted"
     assert shape.interval >= RING_ROWS or not shape.ring
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.integers(1, 60_000), st.integers(1, 4000))
+def test_counts_are_those_of_the_events(shape, start, length):
+    """Closed forms against the events, one by one."""
+    layout, stop = plan(shape), start + length
+    events = layout.events(start, stop)
+    assert layout.thinned(start, stop) == sum(e.live_before - e.live_after for e in events)
+    live = [layout.live(tokens) for tokens in range(start, stop)]
+    assert layout.attended(start, stop) == (sum(live), max(live))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"slots": 1024, "interval": 256}, {"slots": 2048, "profile": "even", "interval": 512},
+     {"slots": 512, "schedule": "paper", "interval": 256}, {"slots": 128, "schedule": "paper"}],
+    ids=str,
+)  # fmt: skip
+def test_closed_forms_hold_to_ten_million_tokens(options):
+    """Against a walk that compacts event after event and knows nothing of closed forms."""
+    slots = options["slots"]
+    far = 10_000_000 if slots > 128 else 1_500_000  # an event every 32 tokens
+    options = {"window": slots // 4, **options} if slots > 128 else options
+    layout = Layout(make_shape(**options))
+    shape, schedule, state = layout.shape, layout._schedule, State()
+    total = 0
+    for index in range(layout.events_done(far)):
+        stored = shape.coreset_start + state.stored
+        _, state = schedule.compact(state, shape.incoming(index))
+        after = shape.coreset_start + state.stored + shape.window
+        total += stored + shape.incoming(index) + shape.window - after
+        assert layout.live(layout.position(index) + 1) == after + 1
+        if index % 97 == 0:
+            assert layout.thinned(0, layout.position(index) + 1) == total
+            assert schedule.state(index + 1) == state
+    assert len(state.levels) > 12
+
+
+def test_queries_of_counts_keep_nothing_and_walk_nothing(monkeypatch):
+    for kind in (Lazy, Paper):
+        monkeypatch.setattr(kind, "compact", lambda *_: pytest.fail("walked"))
+    for schedule in SCHEDULES:
+        layout = Layout(make_shape(128, schedule=schedule))
+        layout.live(10_000_000), layout.reserved(10_000_000), layout.thinned(5, 10_000_000)
+        layout.attended(1, 10_000_000)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes, st.lists(st.integers(0, 3000), min_size=1, max_size=12))
+def test_events_are_the_same_in_any_order_of_asking(shape, asked):
+    walked = [Layout(shape).event(k) for k in asked]
+    layout = Layout(shape)
+    assert [layout.event(k) for k in asked] == walked
+    # A wrong state that was kept on the way would be found here.
+    later = [max(asked) + 1, *range(0, max(asked), 500)]
+    assert [layout.event(k) for k in later] == [Layout(shape).event(k) for k in later]
+
+
+def test_events_are_kept_for_a_while_only():
+    layout = Layout(make_shape(128))
+    for k in range(2 * MOST_EVENTS):
+        layout.event(k)
+    assert len(_events) <= MOST_EVENTS
+
+
+def test_a_shape_whose_events_might_never_end_is_refused():
+    """16 entries of 17 levels with one entry each cannot be halved: token 524,308."""
+    with pytest.raises(ValueError, match=r"leave 16 for the coreset.*at least 24"):
+        make_shape(128, heavy=20, window=36, interval=36, group=16)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(128, 400), st.integers(0, 60), st.integers(32, 120), st.integers(32, 120),
+    st.sampled_from([2, 4, 16, 64]), st.sampled_from(sorted(PROFILES)),
+)  # fmt: skip
+def test_every_legal_shape_finds_a_pair_at_the_longest_sequences(
+    slots, heavy, window, interval, group, profile
+):
+    """From a state that is as bad as it can be: one entry in every level, the rest in the last."""
+    try:
+        shape = make_shape(
+            slots, heavy=heavy, window=window, interval=interval, group=group, profile=profile
+        )  # fmt: skip
+    except ValueError:
+        return
+    levels = [1] * (MAX_TOKENS.bit_length() - 1)
+    levels[0] += max(0, shape.capacity - len(levels))
+    _, state = Lazy(shape).compact(State(tuple(levels)), interval)
+    assert state.stored == shape.capacity
 
 
 def test_ring_is_reserved_before_it_is_written():

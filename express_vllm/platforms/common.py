@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from ..budget import BudgetError, ServerConfig, resolve
+from ..budget import ServerConfig
 from ..conflicts import refuse_conflicts
-from ..kvsize import KVSize
+from ..patches import resolve_at_the_edge
 from ..plugin import BACKEND_NAME, BACKEND_PATH
 from ..wide import settle
 
@@ -41,9 +41,6 @@ def server_config(vllm_config: VllmConfig) -> ServerConfig:
 class ExpressPlatformMixin:
     """Overrides shared by the platforms; comes before the vLLM platform in the bases."""
 
-    express_config: ServerConfig | None = None
-    express_max_model_len: int = 0
-    express_slot_bytes: int | None = None
     express_worker: str
 
     @classmethod
@@ -84,10 +81,7 @@ class ExpressPlatformMixin:
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         scheduler = vllm_config.scheduler_config  # the platform has just settled which it is
         scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
-        if vllm_config.model_config is not None:
-            cls.express_max_model_len = vllm_config.model_config.max_model_len
-            cls.express_slot_bytes = KVSize.of(vllm_config, config).slot_bytes
-        cls.express_config = config
+        resolve_at_the_edge()
         logger.info("express: %s", config)
 
     @classmethod
@@ -96,21 +90,3 @@ class ExpressPlatformMixin:
         from express_vllm.scheduler import register_spec
 
         register_spec()
-
-    @classmethod
-    def validate_request(cls, processed_inputs: Any, params: Any) -> None:
-        """Refuse a bad budget before it reaches the engine (HTTP 400)."""
-        super().validate_request(processed_inputs, params)  # type: ignore[misc]
-        if cls.express_config is None:
-            return
-        tokens = processed_inputs.get("prompt_token_ids")
-        try:
-            resolve(
-                getattr(params, "extra_args", None), cls.express_config,
-                prompt_tokens=len(tokens or ()), max_tokens=getattr(params, "max_tokens", None),
-                max_model_len=cls.express_max_model_len, slot_bytes=cls.express_slot_bytes,
-            )  # fmt: skip
-        except BudgetError as error:
-            from ..server.errors import refused
-
-            raise refused(error) from error
