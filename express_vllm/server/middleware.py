@@ -21,7 +21,7 @@ PATH = "express_vllm.server.middleware.ExpressMiddleware"
 
 def add_to(parser: Any) -> None:
     """Put the middleware into the default of `--middleware`, where the parser has that."""
-    from .patches import budgets_in_batches
+    from ..patches import budgets_in_batches
 
     budgets_in_batches()  # vllm run-batch has the same parser, and no application
     for action in parser._actions:
@@ -57,7 +57,7 @@ class ExpressMiddleware:
             return  # a server without an engine
         if not chosen(config):
             return
-        from .patches import cut_messages_before_cleaning
+        from ..patches import cut_messages_before_cleaning
         from .routes import attach
 
         cut_messages_before_cleaning()
