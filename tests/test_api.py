@@ -245,7 +245,11 @@ def test_other_doubled_keys_are_vllms_business():
 
 
 XARGS = {"express_seed": 3, "other": 1}
-PLACES = [{"express": {"seed": 3}}, {"vllm_xargs": XARGS}, {"sampling_params": {"extra_args": XARGS}}]
+PLACES = [
+    {"express": {"seed": 3}},
+    {"vllm_xargs": XARGS},
+    {"sampling_params": {"extra_args": XARGS}},
+]
 
 
 @pytest.mark.parametrize("body", PLACES)
