@@ -61,8 +61,11 @@ class _BudgetsMixin:
         """End a request that the scheduler has not taken; the next step tells its client."""
         name, client = request.request_id, request.client_index
         logger.error("express: request %r ends with an error: %s", name, reason)
+        running = self.requests.get(name)  # type: ignore[attr-defined]
+        if running is not None and running.client_index == client:
+            return  # the client could not tell the two apart
         self.express_refused.append((client, name))
-        if name in self.requests:  # type: ignore[attr-defined]
+        if running is not None:
             return
         # vLLM takes a step while it has ids of finished requests to pass on.
         self.finished_req_ids.add(name)  # type: ignore[attr-defined]

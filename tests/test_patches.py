@@ -1,0 +1,45 @@
+"""What `express_vllm.patches` and the edge rely on in vLLM, by its source: loud when it changes."""
+
+from __future__ import annotations
+
+import inspect
+
+from vllm.v1.core.sched import scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, async_llm, llm_engine
+from vllm.v1.engine import core as engine_core
+from vllm.v1.engine.input_processor import InputProcessor
+
+from express_vllm.patches import PATCHED, resolve_at_the_edge
+
+
+def test_every_request_passes_the_input_processor():
+    """Both engines make requests with it; it settles lengths before it returns."""
+    resolve_at_the_edge()
+    resolve_at_the_edge()
+    patched = InputProcessor.process_inputs
+    assert hasattr(patched, PATCHED) and not hasattr(patched.__wrapped__, PATCHED)
+    for module in (async_llm, llm_engine):
+        assert "input_processor.process_inputs(" in inspect.getsource(module)
+    source = inspect.getsource(patched.__wrapped__)
+    clone, length = source.index("params.clone()"), source.index("sampling_params.max_tokens = (")
+    assert clone < length < source.index("return EngineCoreRequest(")
+    assert "resumable=resumable" in source
+    # The clone's parameters are what sequences of n > 1 are made from.
+    assert "params = request.params" in inspect.getsource(async_llm.AsyncLLM.add_request)
+
+
+def test_a_raised_exception_would_still_end_the_engine():
+    """Why `add_request` must not raise: the loop that calls it guards nothing."""
+    source = inspect.getsource(engine_core.EngineCoreProc._handle_client_request)
+    assert "self.add_request(req, request_wave)" in source and "except" not in source
+
+
+def test_a_refused_request_is_told_to_its_client():
+    source = inspect.getsource(scheduler.Scheduler)
+    assert "self.finished_req_ids: set[str] = set()" in source
+    assert "self.finished_req_ids_dict[request.client_index].add(request_id)" in source
+    assert "if self.finished_req_ids:" in inspect.getsource(
+        scheduler.Scheduler.has_finished_requests
+    )
+    assert {"outputs", "finished_requests"} <= set(EngineCoreOutputs.__struct_fields__)
+    assert EngineCoreOutput.__struct_fields__[:2] == ("request_id", "new_token_ids")
