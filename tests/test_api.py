@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from express_vllm import schedules
 from express_vllm.budget import FIELDS, BudgetError, ServerConfig, on_grid, resolve
 from express_vllm.edge import current
 from express_vllm.fields import Fields, limited, parse
 from express_vllm.kvsize import KVSize
+from express_vllm.layout import layout_for
 from express_vllm.platforms.common import server_config
 from express_vllm.server.answer import with_usage
 from express_vllm.server.body import budget, check_duplicates, named, refuse_beam_search
@@ -195,6 +197,25 @@ def test_attended_is_the_mean_of_live_slots(memory, start, length):
     assert found.exact_mean == sum(range(start, start + length)) / length
 
 
+@pytest.mark.parametrize("schedule", [schedules.Lazy, schedules.Paper])
+def test_a_plan_walks_no_events_and_keeps_nothing_of_its_budget(monkeypatch, schedule):
+    """At a million tokens some 30,000 events run, and every client may ask for another budget."""
+    monkeypatch.delattr(schedule, "compact")
+    length = 1 << 20
+    config = ServerConfig(schedule=schedule.__name__.lower(), wide_layers=())
+    layout_for.cache_clear()
+    for memory in range(300, 5000, 7):
+        budget = resolve(
+            {"express_memory_tokens": memory}, config, prompt_tokens=64, max_tokens=length - 64,
+            max_model_len=length,
+        )  # fmt: skip
+        if memory % 1000 < 7:
+            found = plan(budget, config, SIZE, Capacity(9, 64, 9), 64, length - 64)
+            assert found.compactions > 1000 and found.attended_tokens.most <= found.memory_tokens
+        budget.layout.live(length)
+    assert layout_for.cache_info().currsize < 100, "budgets lie on a grid"
+
+
 def test_a_plan_counts_blocks_bytes_and_how_many_fit():
     capacity = Capacity(blocks=159, block_size=64, max_requests=12)
     budget = ask({"memory_tokens": 512}, prompt=6000, max_tokens=41)
@@ -222,6 +243,13 @@ def test_the_description_can_be_sent_as_json():
         "min_memory_tokens": 128, "max_memory_tokens": 4096, "max_model_len": 8192,
     }  # fmt: skip
     assert again["bytes_per_token"] == 23040 and again["pool"]["kv_slots"] == 159 * 64
+
+
+def test_a_model_that_is_too_short_to_be_thinned_has_no_shape():
+    config = ServerConfig()
+    found = describe_server(config, SIZE, Capacity(159, 64, 12), 100, config.fields(100))
+    assert found["shape"] is None and found["limits"]["max_model_len"] == 100
+    assert found["limits"]["max_memory_tokens"] == 128, "what a request may say"
 
 
 # --- bodies and answers -------------------------------------------------------------------------
