@@ -40,10 +40,12 @@ class Service:
         self.vllm_config = config = state.vllm_config
         self.edge = Edge.of(config)
         self.fields: type[Fields] = self.edge.config.fields(self.edge.max_model_len)
-        express = Field(None, description="what the request's KV cache may use (docs/api.md)")
+        # Its type is for the schema; `budget` checks it, with better errors.
+        express: Any = Annotated[self.fields | None, SkipValidation]
+        text = "what the request's KV cache may use (docs/api.md)"
         self.plan_request = create_model(
             "ExpressPlanRequest", __base__=PlanRequest,
-            express=(Annotated[self.fields | None, SkipValidation], express),
+            express=(express, Field(None, description=text)),
         )  # fmt: skip
         self.recent: deque[Call] = deque(maxlen=RECENT)
         watch(state.engine_client)

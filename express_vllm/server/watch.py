@@ -127,11 +127,10 @@ async def _followed(
     """The same output, counted."""
     try:
         async for result in output:
-            sequences = call.requests.get(request_id)
-            for part in result.outputs if sequences else ():
-                sequence = sequences[part.index]
-                count = len(part.token_ids)
-                sequence.output = sequence.output + count if delta else count
+            if sequences := call.requests.get(request_id):
+                for part in result.outputs:
+                    sequence, count = sequences[part.index], len(part.token_ids)
+                    sequence.output = sequence.output + count if delta else count
             yield result
     except Exception as error:
         call.failed(request_id, error)
