@@ -38,6 +38,7 @@ class Server:
     url: str
     log: Path
     client: httpx.Client
+    pid: int = 0
 
     def metric(self, name):
         """The value of a metric with a single sample."""
@@ -105,7 +106,7 @@ def serve(model_path, log, *arguments, headers=None):
     with httpx.Client(base_url=url, timeout=300, headers=headers) as client:
         try:
             _wait(client, process, log)
-            yield Server(url, log, client)
+            yield Server(url, log, client, process.pid)
         finally:
             process.terminate()
             try:
