@@ -6,10 +6,11 @@ import asyncio
 import inspect
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,12 +23,14 @@ from express_vllm.fields import Fields, limited, parse
 from express_vllm.kvsize import KVSize
 from express_vllm.layout import layout_for
 from express_vllm.platforms.common import server_config
+from express_vllm.server import routes
 from express_vllm.server.answer import with_usage
 from express_vllm.server.body import budget, check_duplicates, named, refuse_beam_search
 from express_vllm.server.middleware import PATH, ExpressMiddleware, add_to
 from express_vllm.server.page import HEADERS, PAGE
 from express_vllm.server.plan import Capacity, attended, describe_server, plan
 from express_vllm.server.settle import settled
+from express_vllm.server.table import decision
 from express_vllm.server.usage import Sequence, usage
 from express_vllm.server.watch import Call, watch
 
@@ -545,6 +548,48 @@ def test_a_server_does_not_start_without_what_was_asked_of_it():
     """An error while the routes are added must not leave a server that ignores budgets."""
     with pytest.raises(AttributeError), TestClient(application("EXPRESS")):
         pass
+
+
+def wrapped_application(answer):
+    """vLLM's error handlers, and a route that is busy, which answers through `answer`."""
+    from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+
+    app = FastAPI()
+    app.state.args = SimpleNamespace(log_error_stack=False)
+    init_exception_handler(app)
+
+    @app.post("/v1/new")
+    async def busy(request: Request):
+        raise HTTPException(503, "busy")
+
+    (route,) = [route for route in app.routes if route.path == "/v1/new"]
+    routes._wrap(route, answer)
+    return TestClient(app)
+
+
+def test_only_a_body_that_cannot_be_read_is_told_so():
+    client = wrapped_application(routes._readable)
+    json_type = {"Content-Type": "application/json"}
+    assert client.post("/v1/new", json={}).json()["error"]["message"] == "busy"
+    assert client.post("/v1/new", content=b"{", headers=json_type).status_code == 503, "FastAPI's"
+    for content in (b"[" * 10**5, b'{"seed": ' + b"9" * 5000 + b"}", b'{"a": "\xff"}'):
+        answer = client.post("/v1/new", content=content, headers=json_type)
+        assert answer.status_code == 400
+        assert "JSON object that Python can read" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"json": {"express": {"seed": 1}}}, {"json": {"vllm_xargs": {"express_seed": 1}}},
+        {"data": {"express": "{}"}}, {"data": {"vllm_xargs": '{"express_seed": 1}'}},
+    ],
+)  # fmt: skip
+def test_a_route_that_nobody_decided_about_takes_no_budget(sent):
+    client = wrapped_application(partial(routes._answer, None, decision("/v1/new")))
+    answer = client.post("/v1/new", **sent)
+    assert answer.status_code == 400 and "takes no budget" in answer.json()["error"]["message"]
+    assert client.post("/v1/new", json={"vllm_xargs": {"other": 1}}).status_code == 503
 
 
 def test_the_page_is_self_contained_and_its_policy_says_so():

@@ -11,10 +11,9 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, Response
 from fastapi.routing import APIRoute, request_response
-from starlette.exceptions import HTTPException  # what FastAPI raises; its own is a subclass
 
 from ..fields import BudgetError
 from .body import named
