@@ -25,20 +25,21 @@ UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
-#: The longest piece of a refused value that an error repeats.
-SHOWN = 120
+#: The longest piece of a refused value, and of a refused name, that an error repeats.
+SHOWN, SHOWN_NAME = 120, 64
 
 
 class BudgetError(ValueError):
     """A budget that is refused: `field`, `value` and what is `allowed`.
 
-    `reason` is one of a few short words, for metrics.
+    `field` is safe to print: cut if it is long, and without control characters.  `reason` is one
+    of a few short words, for metrics.
     """
 
     def __init__(self, field: str, value: object, allowed: str, reason: str = "") -> None:
-        self.field, self.value, self.allowed = field, value, allowed
-        self.reason = reason or re.sub(r"^express[_.]", "", field)
-        super().__init__(f"{field}={self.shown} is not allowed: {allowed}")
+        self.field, self.value, self.allowed = shown_name(field), value, allowed
+        self.reason = reason or re.sub(r"^express[_.]", "", self.field)
+        super().__init__(f"{self.field}={self.shown} is not allowed: {allowed}")
 
     @property
     def shown(self) -> str:
@@ -47,7 +48,19 @@ class BudgetError(ValueError):
             text = repr(self.value)
         except ValueError:  # an integer of more digits than Python will write
             text = f"<an integer of {self.value.bit_length()} bits>"  # type: ignore[attr-defined]
-        return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
+        except RecursionError:
+            text = f"<a {type(self.value).__name__} nested too deep>"
+        return _cut(text, len(text), SHOWN)
+
+
+def shown_name(name: str) -> str:
+    """A name that a client chose, fit for messages and log lines: ASCII, one line, cut."""
+    return _cut(ascii(name[: SHOWN_NAME + 1])[1:-1], len(name), SHOWN_NAME)
+
+
+def _cut(text: str, length: int, most: int) -> str:
+    """`text`, which stands for `length` characters, within `most` of them."""
+    return text if max(len(text), length) <= most else f"{text[:most]}... ({length} characters)"
 
 
 class Fields(BaseModel):
@@ -99,14 +112,15 @@ def parse(raw: object, model: type[Fields], prefix: str = PREFIX) -> Fields:
     """Check a mapping of bare field names.  Raises BudgetError naming `<prefix><field>`."""
     if not isinstance(raw, Mapping):
         raise BudgetError(prefix.rstrip("._"), raw, "it must be a JSON object", "type")
+    for name in raw:  # before the model, which would list every one of a million unknown names
+        if name not in Fields.model_fields:
+            allowed = unknown(prefix + name, {prefix + known for known in Fields.model_fields})
+            raise BudgetError(prefix + name, raw[name], allowed, "unknown_field")
     try:
         return model.model_validate(raw)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
     name = str(first["loc"][0])
-    if first["type"] == "extra_forbidden":
-        allowed = unknown(prefix + name, {prefix + known for known in Fields.model_fields})
-        raise BudgetError(prefix + name, first["input"], allowed, "unknown_field")
     raise BudgetError(prefix + name, first["input"], describe(model, name, prefix))
 
 
@@ -129,7 +143,7 @@ def describe(model: type[Fields], name: str, prefix: str = PREFIX, note: str = "
 
 
 def unknown(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name[:SHOWN_NAME], known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"{hint}known fields are {', '.join(sorted(known))}"
 

@@ -76,8 +76,9 @@ def small_config(model_path):
 
 @pytest.fixture(scope="session")
 def server(model_path, tmp_path_factory):
-    """`vllm serve ... --attention-backend express` with the small model."""
-    with serve(model_path, tmp_path_factory.mktemp("server") / "log.txt") as running:
+    """`vllm serve ... --attention-backend express` with the small model, and every route."""
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    with serve(model_path, log, "--enable-scale-out", "--enable-prompt-embeds") as running:
         yield running
 
 
@@ -97,6 +98,7 @@ def serve(model_path, log, *arguments, headers=None):
     ]  # fmt: skip
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_RESPONSES_API_STORE": "1",
     }  # fmt: skip
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)

@@ -6,27 +6,33 @@ import asyncio
 import inspect
 import json
 import math
-from importlib import import_module
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from express_vllm import schedules
 from express_vllm.budget import FIELDS, BudgetError, ServerConfig, on_grid, resolve
+from express_vllm.edge import current
 from express_vllm.fields import Fields, limited, parse
 from express_vllm.kvsize import KVSize
+from express_vllm.layout import layout_for
 from express_vllm.platforms.common import server_config
+from express_vllm.server import routes
 from express_vllm.server.answer import with_usage
-from express_vllm.server.body import check_duplicates, merge
+from express_vllm.server.body import budget, check_duplicates, named, refuse_beam_search
 from express_vllm.server.middleware import PATH, ExpressMiddleware, add_to
 from express_vllm.server.page import HEADERS, PAGE
 from express_vllm.server.plan import Capacity, attended, describe_server, plan
 from express_vllm.server.settle import settled
+from express_vllm.server.table import decision
 from express_vllm.server.usage import Sequence, usage
+from express_vllm.server.watch import Call, watch
 
 CONFIG = ServerConfig(memory_tokens=1024, max_memory_tokens=4096)
 SIZE = KVSize(layers=30, kv_heads=3, head_size=64, element_bytes=2, dtype="bfloat16")
@@ -34,7 +40,7 @@ MODEL = CONFIG.fields(8192)
 
 
 def ask(express, *, config=CONFIG, prompt=6000, max_tokens=100, prefix="express."):
-    arguments = merge(express, None, config.fields(8192))
+    _, arguments = budget({"express": express}, config.fields(8192))
     return resolve(
         arguments, config, prompt_tokens=prompt, max_tokens=max_tokens, max_model_len=8192,
         slot_bytes=SIZE.slot_bytes, prefix=prefix,
@@ -194,6 +200,25 @@ def test_attended_is_the_mean_of_live_slots(memory, start, length):
     assert found.exact_mean == sum(range(start, start + length)) / length
 
 
+@pytest.mark.parametrize("schedule", [schedules.Lazy, schedules.Paper])
+def test_a_plan_walks_no_events_and_keeps_nothing_of_its_budget(monkeypatch, schedule):
+    """At a million tokens some 30,000 events run, and every client may ask for another budget."""
+    monkeypatch.delattr(schedule, "compact")
+    length = 1 << 20
+    config = ServerConfig(schedule=schedule.__name__.lower(), wide_layers=())
+    layout_for.cache_clear()
+    for memory in range(300, 5000, 7):
+        budget = resolve(
+            {"express_memory_tokens": memory}, config, prompt_tokens=64, max_tokens=length - 64,
+            max_model_len=length,
+        )  # fmt: skip
+        if memory % 1000 < 7:
+            found = plan(budget, config, SIZE, Capacity(9, 64, 9), 64, length - 64)
+            assert found.compactions > 1000 and found.attended_tokens.most <= found.memory_tokens
+        budget.layout.live(length)
+    assert layout_for.cache_info().currsize < 100, "budgets lie on a grid"
+
+
 def test_a_plan_counts_blocks_bytes_and_how_many_fit():
     capacity = Capacity(blocks=159, block_size=64, max_requests=12)
     budget = ask({"memory_tokens": 512}, prompt=6000, max_tokens=41)
@@ -223,6 +248,13 @@ def test_the_description_can_be_sent_as_json():
     assert again["bytes_per_token"] == 23040 and again["pool"]["kv_slots"] == 159 * 64
 
 
+def test_a_model_that_is_too_short_to_be_thinned_has_no_shape():
+    config = ServerConfig()
+    found = describe_server(config, SIZE, Capacity(159, 64, 12), 100, config.fields(100))
+    assert found["shape"] is None and found["limits"]["max_model_len"] == 100
+    assert found["limits"]["max_memory_tokens"] == 128, "what a request may say"
+
+
 # --- bodies and answers -------------------------------------------------------------------------
 
 
@@ -243,12 +275,53 @@ def test_other_doubled_keys_are_vllms_business():
     check_duplicates(b'{"a": 1, "a": 2, "express": {"seed": 1}, "b": {"seed": 1, "seed": 2}}')
 
 
-def test_a_budget_in_both_places_is_refused():
-    with pytest.raises(BudgetError, match="express_seed") as error:
-        merge({"memory_tokens": 512}, {"express_seed": 3, "other": 1}, MODEL)
-    assert "vllm_xargs" in str(error.value) and error.value.reason == "conflict"
-    merged = merge({"memory_tokens": 512}, {"other": 1}, MODEL)
-    assert merged == {"other": 1, "express_memory_tokens": 512}
+XARGS = {"express_seed": 3, "other": 1}
+PLACES = [
+    {"express": {"seed": 3}},
+    {"vllm_xargs": XARGS},
+    {"sampling_params": {"extra_args": XARGS}},
+]
+
+
+@pytest.mark.parametrize("body", PLACES)
+def test_a_budget_is_found_wherever_a_body_may_have_it(body):
+    prefix, fields = budget({"model": "m", **body}, MODEL)
+    assert fields == {"express_seed": 3}, "what is not ours stays where it is"
+    assert prefix == ("express." if "express" in body else "express_")
+
+
+@pytest.mark.parametrize("first", range(3))
+@pytest.mark.parametrize("second", range(3))
+def test_a_budget_in_two_places_is_refused(first, second):
+    if first == second:
+        return
+    with pytest.raises(BudgetError, match="seed too; name the budget in one place") as error:
+        budget({**PLACES[first], **PLACES[second]}, MODEL)
+    assert error.value.reason == "conflict"
+
+
+@pytest.mark.parametrize(
+    "body", [None, [], "text", 7, {}, {"express": None}, {"vllm_xargs": {"other": 1}},
+             {"vllm_xargs": None}, {"vllm_xargs": "{"}, {"sampling_params": [1]}],
+)  # fmt: skip
+def test_bodies_without_a_budget_name_none(body):
+    assert list(named(body)) == [] and budget(body, MODEL)[1] == {}
+
+
+def test_a_form_has_vllm_xargs_as_text():
+    assert budget({"vllm_xargs": '{"express_seed": 3}'}, MODEL) == ("express_", {"express_seed": 3})
+
+
+@pytest.mark.parametrize("asked", [True, 1, "true", "no", [], {}])
+def test_beam_search_is_refused_with_a_budget_or_without(asked):
+    with pytest.raises(BudgetError, match="it must be false") as error:
+        refuse_beam_search({"use_beam_search": asked})
+    assert error.value.reason == "beam_search"
+
+
+@pytest.mark.parametrize("body", [{}, {"use_beam_search": False}, {"use_beam_search": None}, []])
+def test_other_searches_are_not_refused(body):
+    refuse_beam_search(body)
 
 
 def answered(response):
@@ -304,13 +377,17 @@ def test_only_the_last_usage_of_a_stream_gets_express():
     assert found[2].endswith("\n\n") and done == [1]
 
 
-def test_a_responses_stream_gets_it_in_its_final_event():
-    head = "event: response.completed\ndata: "
-    event = {"type": "response.completed", "response": {"usage": {"output_tokens": 2}}}
-    found, _ = stream(head + json.dumps(event) + "\n\n")
-    assert found[0].startswith(head)
-    sent = json.loads(found[0][len(head) :])
-    assert sent["response"]["usage"]["express"] == {"peak_kv_tokens": 7}
+def test_usage_that_is_there_already_is_left_alone():
+    plain = JSONResponse({"usage": {"express": {"peak_kv_tokens": 1}}})
+    assert answered(plain)[0] is plain
+
+
+def test_the_last_event_of_a_message_gets_it():
+    event = {"type": "message_delta", "delta": {}, "usage": {"output_tokens": 2}}
+    start = {"type": "message_start", "message": {"usage": {"output_tokens": 0}}}
+    found, _ = stream(*(f"event: x\ndata: {json.dumps(e)}\n\n" for e in (start, event)))
+    assert "peak_kv_tokens" not in found[0] and found[1].startswith("event: x\ndata: ")
+    assert json.loads(found[1].partition("data: ")[2])["usage"]["express"]["peak_kv_tokens"] == 7
 
 
 def test_a_stream_that_breaks_still_ends_the_call():
@@ -319,61 +396,119 @@ def test_a_stream_that_breaks_still_ends_the_call():
 
 # --- streams that start before the engine is asked -----------------------------------------------
 
+BUDGET = ask({"memory_tokens": 256})
 
-def settle(chunks, *, refuse=False, hang=False):
-    """Run `settled` over a stream that asks the engine after its first chunk."""
-    log = []
 
-    async def produce(asked):
+class Engine:
+    """An engine client that refuses what is asked for by the id "refused"."""
+
+    async def generate(self, prompt, sampling_params, request_id, **kwargs):
+        self.params = sampling_params
+        await asyncio.sleep(0)
+        if request_id == "refused":
+            raise BudgetError("express.memory", "1KiB", "too small")
+        current.get().admitted(request_id, BUDGET, 6000, sampling_params.n)
+        for _ in range(3):
+            tokens = [SimpleNamespace(index=i, token_ids=[1]) for i in range(sampling_params.n)]
+            yield SimpleNamespace(outputs=tokens)
+
+
+def params(n=1, **more):
+    kind = SimpleNamespace(name="DELTA")
+    return SimpleNamespace(n=n, output_kind=kind, extra_args={"other": 1}, **more)
+
+
+def settle(*names, swallow=False, eager=True, leave=False, fields=None):
+    """Stream what a watched engine gives for these requests; -> (chunks, call, log).
+
+    As vLLM does: `eager` asks before the stream starts, `swallow` makes an event of an error.
+    """
+    log, engine = [], Engine()
+    watch(engine)
+
+    async def produce(call):
         try:
-            yield chunks[0]
-            if refuse:
-                raise BudgetError("express.memory", "1KiB", "too small")
-            asked.set()
-            await asyncio.sleep(60 if hang else 0.01)
-            for chunk in chunks[1:]:
-                yield chunk
+            yield "created"
+            outputs = call.outputs or [engine.generate("x", params(), name) for name in names]
+            try:
+                for output in outputs:
+                    async for _ in output:
+                        yield "token"
+            except BudgetError:
+                if not swallow:
+                    raise
+                yield "error"
         finally:
             log.append("closed")
 
     async def run():
-        asked = asyncio.Event()
-        stream = await settled(produce(asked), asked)
+        call = Call("/v1/completions", fields=fields or {})
+        current.set(call)
+        call.outputs = [engine.generate("x", params(), n) for n in names] if eager else []
+        stream = await settled(produce(call), call)
         log.append("started")
         found = []
         async for chunk in stream:
             found.append(chunk)
-            if hang:
+            if leave:
                 await stream.aclose()
                 break
-        return found
+        return found, call
 
-    return asyncio.run(run()), log
+    return *asyncio.run(run()), log, engine
 
 
-def test_a_late_refusal_comes_before_the_stream():
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("swallow", [True, False])
+@pytest.mark.parametrize("names", [["refused"], ["refused", "good"]])
+def test_a_late_refusal_comes_before_the_stream(names, swallow, eager):
+    """Also where vLLM makes an event of it."""
     with pytest.raises(BudgetError):
-        settle(["created"], refuse=True)
+        settle(*names, swallow=swallow, eager=eager)
 
 
-def test_a_stream_is_passed_on_once_the_engine_was_asked():
-    found, log = settle(["created", "token", "completed"])
-    assert found == ["created", "token", "completed"] and log == ["started", "closed"]
+@pytest.mark.parametrize("swallow", [True, False])
+def test_a_stream_waits_for_all_that_was_asked_before_it_started(swallow):
+    with pytest.raises(BudgetError):
+        settle("good", "refused", swallow=swallow)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_stream_is_passed_on_once_the_engine_was_asked(eager):
+    found, call, log, _ = settle("good", eager=eager)
+    assert found == ["created", "token", "token", "token"] and log == ["started", "closed"]
+    (sequence,) = call.sequences
+    assert (sequence.prompt, sequence.output, sequence.done) == (6000, 3, True)
+    assert call.finished and list(call.recent) == [call] and call.usage()["sequences"] == 1
 
 
 def test_a_client_that_leaves_early_closes_the_stream():
-    found, log = settle(["created", "never"], hang=True)
+    found, _, log, _ = settle("good", leave=True)
     assert found == ["created"] and log == ["started", "closed"]
 
 
 def test_a_stream_that_never_asks_is_passed_on_too():
+    found, call, *_ = settle(eager=False)
+    assert found == ["created"] and call.usage() is None
+
+
+def test_the_budget_travels_beside_vllms_handlers():
+    engine = settle("good", fields={"express_seed": 3})[-1]
+    assert engine.params.extra_args == {"other": 1, "express_seed": 3}
+    assert settle("good")[-1].params.extra_args == {"other": 1}
+
+
+def test_nobody_is_followed_outside_a_call():
+    engine = Engine()
+    watch(engine)
+
     async def run():
-        async def produce():
-            yield "only"
+        heard = []
+        current.set(SimpleNamespace(admitted=lambda *args: heard.append(args)))
+        assert len([x async for x in engine.generate("x", params(n=2), "good")]) == 3
+        return heard
 
-        return [chunk async for chunk in await settled(produce(), asyncio.Event())]
-
-    assert asyncio.run(run()) == ["only"]
+    assert asyncio.run(run()) == [("good", BUDGET, 6000, 2)]
 
 
 # --- how it gets into the server ----------------------------------------------------------------
@@ -415,6 +550,48 @@ def test_a_server_does_not_start_without_what_was_asked_of_it():
         pass
 
 
+def wrapped_application(answer):
+    """vLLM's error handlers, and a route that is busy, which answers through `answer`."""
+    from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+
+    app = FastAPI()
+    app.state.args = SimpleNamespace(log_error_stack=False)
+    init_exception_handler(app)
+
+    @app.post("/v1/new")
+    async def busy(request: Request):
+        raise HTTPException(503, "busy")
+
+    (route,) = [route for route in app.routes if route.path == "/v1/new"]
+    routes._wrap(route, answer)
+    return TestClient(app)
+
+
+def test_only_a_body_that_cannot_be_read_is_told_so():
+    client = wrapped_application(routes._readable)
+    json_type = {"Content-Type": "application/json"}
+    assert client.post("/v1/new", json={}).json()["error"]["message"] == "busy"
+    assert client.post("/v1/new", content=b"{", headers=json_type).status_code == 503, "FastAPI's"
+    for content in (b"[" * 10**5, b'{"seed": ' + b"9" * 5000 + b"}", b'{"a": "\xff"}'):
+        answer = client.post("/v1/new", content=content, headers=json_type)
+        assert answer.status_code == 400
+        assert "JSON object that Python can read" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"json": {"express": {"seed": 1}}}, {"json": {"vllm_xargs": {"express_seed": 1}}},
+        {"data": {"express": "{}"}}, {"data": {"vllm_xargs": '{"express_seed": 1}'}},
+    ],
+)  # fmt: skip
+def test_a_route_that_nobody_decided_about_takes_no_budget(sent):
+    client = wrapped_application(partial(routes._answer, None, decision("/v1/new")))
+    answer = client.post("/v1/new", **sent)
+    assert answer.status_code == 400 and "takes no budget" in answer.json()["error"]["message"]
+    assert client.post("/v1/new", json={"vllm_xargs": {"other": 1}}).status_code == 503
+
+
 def test_the_page_is_self_contained_and_its_policy_says_so():
     for outside in ("http://", "https://", "src=", "@import", "url("):
         assert outside not in PAGE
@@ -427,22 +604,24 @@ def test_vllms_state_and_handlers_are_where_we_look():
     """Names of vLLM's that are not part of a documented interface."""
     from vllm.engine.protocol import EngineClient
     from vllm.entrypoints.generate import api_router
-    from vllm.entrypoints.generate.base import serving
     from vllm.entrypoints.launchers.api_server import app_state
-
-    from express_vllm.server.routes import COMPLETIONS
-    from express_vllm.server.service import HANDLERS
 
     state = inspect.getsource(app_state)
     assert "state.engine_client = engine_client" in state
     assert "state.vllm_config = vllm_config" in state
-    for name in HANDLERS:
-        assert f"state.{name} =" in inspect.getsource(api_router)
-    assert "self.engine_client = engine_client" in inspect.getsource(serving)
+    assert "state.openai_serving_responses =" in inspect.getsource(api_router)
     names = list(inspect.signature(EngineClient.generate).parameters)[:4]
     assert names == ["self", "prompt", "sampling_params", "request_id"]
-    for package, request, handler in COMPLETIONS.values():
-        fields = getattr(import_module(f"{package}.protocol"), request).model_fields
-        assert "vllm_xargs" in fields and "express" not in fields
-        parameters = inspect.signature(getattr(import_module(f"{package}.api_router"), handler))
-        assert list(parameters.parameters) == ["request", "raw_request"]
+
+
+def test_vllms_responses_are_kept_where_we_look():
+    from vllm.entrypoints.openai.responses.protocol import ResponsesResponse, ResponseUsage
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    assert inspect.iscoroutinefunction(OpenAIServingResponses.responses_full_generator)
+    source = inspect.getsource(OpenAIServingResponses)
+    for name in ("background_tasks", "response_store", "msg_store", "event_store"):
+        assert f"self.{name}: dict" in source
+    assert 'sub_request_id = f"{request_id}_{sub_request}"' in source
+    assert ResponsesResponse.model_fields["usage"].annotation == ResponseUsage | None
+    assert ResponseUsage.model_config["extra"] == "allow"

@@ -186,9 +186,12 @@ def test_exact_requests_that_could_grow_beyond_the_limit_say_so(server):
     assert "express.mode='exact'" in answer.json()["error"]["message"]
 
 
-def test_beam_search_does_not_take_a_budget_silently(server):
-    answer = post(server, "completions", {"memory_tokens": 256}, use_beam_search=True, n=2)
+@pytest.mark.parametrize("express", [{"memory_tokens": 256}, None])
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+def test_beam_search_is_refused_with_a_budget_or_without(server, route, express):
+    answer = post(server, route, express, use_beam_search=True, n=2)
     assert answer.status_code == 400 and "beam search" in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] == "use_beam_search"
 
 
 # --- express's own routes -----------------------------------------------------------------------
@@ -226,7 +229,8 @@ def test_a_plan_is_what_then_happens(server, client, long_prompt):
         ({"prompt_tokens": 0}, ["prompt_tokens"]),
         ({"prompt_tokens": "10"}, ["prompt_tokens", "integer"]),
         ({"prompt_tokens": 8000, "max_tokens": 500}, ["prompt_tokens=8000", "8500", "8192"]),
-        ({"prompt_tokens": 10**30}, ["prompt_tokens", "8192"]),
+        ({"prompt_tokens": 10**12}, ["prompt_tokens", "8192"]),
+        ({"prompt_tokens": 10**30}, ["prompt_tokens", "less than or equal"]),
         ({"prompt_tokens": 10, "express": {"seed": 1.5}}, ["express.seed=1.5"]),
         ({"prompt_tokens": 10, "expres": {}}, ["expres"]),
         ({}, ["prompt_tokens"]),

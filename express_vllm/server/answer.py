@@ -29,10 +29,10 @@ def with_usage(response: Any, usage: Usage, done: Callable[[], None]) -> Any:
 
 
 def insert(content: Any, usage: Usage) -> bool:
-    """Add `express` to the object's usage, if it has one; -> whether it has."""
+    """Add `express` to the object's usage, if it has one without it; -> whether that was so."""
     if not isinstance(content, dict) or not isinstance(content.get("usage"), dict):
         return False
-    if (used := usage()) is None:
+    if "express" in content["usage"] or (used := usage()) is None:
         return False
     content["usage"]["express"] = used
     return True
@@ -41,12 +41,11 @@ def insert(content: Any, usage: Usage) -> bool:
 def last_usage(event: Any) -> Any:
     """The object of a stream's event that holds the whole call's usage; None in other events.
 
-    Completions and chats: the chunk with usage and no choices.  Responses: the final event.
+    That is the chunk, or the event of `/v1/messages`, with usage and no choices; the answers of
+    `/v1/responses` have it already (stored.py).
     """
     if not isinstance(event, dict):
         return None
-    if str(event.get("type", "")).startswith("response."):
-        return event.get("response")
     return None if event.get("choices") else event
 
 

@@ -1,26 +1,20 @@
-"""The `express` object of a request body, read strictly: a key that is given twice is an error."""
+"""The budget that a request body names, read strictly: in one place, and every key once."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
-
-from pydantic import Field, SkipValidation
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
 
 from ..fields import PREFIX as XARGS
-from ..fields import BudgetError, Fields, parse
+from ..fields import BudgetError, Fields, parse, shown_name
 
 OBJECT = "express"
 PREFIX = "express."
-
-
-def express_field(model: type[Fields]) -> tuple[Any, Any]:
-    """The `express` field of a request model, for `pydantic.create_model`.
-
-    `model` gives its schema; `merge` checks it with the same model, for better errors.
-    """
-    field = Field(None, description="what the request's KV cache may use (docs/api.md)")
-    return Annotated[model | None, SkipValidation], field
+BEAM_SEARCH = "use_beam_search"
+#: Where vLLM's bodies may have the other spelling; the second is that of /inference/v1/generate.
+XARGS_PLACES = (("vllm_xargs",), ("sampling_params", "extra_args"))
 
 
 class _Object(dict):
@@ -51,14 +45,50 @@ def check_duplicates(body: bytes) -> None:
         )
 
 
-def merge(raw: object, xargs: dict[str, Any] | None, model: type[Fields]) -> dict[str, Any]:
-    """`vllm_xargs` with the `express` object in it.  Raises BudgetError if both name a budget."""
-    fields = parse(raw, model, PREFIX)
-    rivals = sorted(name for name in xargs or {} if name.startswith(XARGS))
-    if rivals:
+def named(body: object) -> Iterator[tuple[str, str, Any]]:
+    """Every place of the body that names a budget: (its name, how it spells fields, the fields)."""
+    if not isinstance(body, Mapping):
+        return
+    if body.get(OBJECT) is not None:
+        yield OBJECT, PREFIX, body[OBJECT]
+    for path in XARGS_PLACES:
+        place: Any = body
+        for key in path:
+            place = place.get(key) if isinstance(place, Mapping) else None
+        if isinstance(place, str):  # in a form
+            with suppress(ValueError, RecursionError):
+                place = json.loads(place)
+        if isinstance(place, Mapping):
+            fields = {k.removeprefix(XARGS): v for k, v in place.items() if k.startswith(XARGS)}
+            if fields:
+                yield ".".join(path), XARGS, fields
+
+
+def budget(body: object, model: type[Fields]) -> tuple[str, dict[str, Any]]:
+    """(how the body spells fields, the budget that it names as `vllm_xargs`).
+
+    Raises BudgetError if a field is wrong or two places name a budget.
+    """
+    places = list(named(body))
+    if len(places) > 1:
+        (first, _, raw), (other, prefix, fields) = places[:2]
         raise BudgetError(
-            OBJECT, raw,
-            f"vllm_xargs has {', '.join(rivals)} too; name the budget in one of the two",
+            first, raw,
+            f"{other} has {shown_name(prefix + min(fields))} too; name the budget in one place",
             "conflict",
         )  # fmt: skip
-    return {**(xargs or {}), **fields.xargs()}
+    for _, prefix, raw in places:
+        return prefix, parse(raw, model, prefix).xargs()
+    return XARGS, {}
+
+
+def refuse_beam_search(body: object) -> None:
+    """Raise BudgetError if the body asks for beam search, with a budget or without."""
+    asked = body.get(BEAM_SEARCH) if isinstance(body, Mapping) else None
+    if asked is not None and asked is not False:
+        raise BudgetError(
+            BEAM_SEARCH, asked,
+            "it must be false: beam search computes the whole prompt again for every token, in "
+            "requests of its own that carry no budget",
+            "beam_search",
+        )  # fmt: skip

@@ -27,6 +27,7 @@ HELD, EXACT, RUNNING = (
 #: Why a request can be refused, besides its fields.
 REASONS = (
     *Fields.model_fields, "unknown_field", "conflict", "duplicate", "type", "length", "beam_search",
+    "route",
 )  # fmt: skip
 SECONDS = (1e-5, 1e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 RATIOS = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)

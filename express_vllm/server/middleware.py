@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from .bounded import BoundedErrors
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -19,16 +21,20 @@ PATH = "express_vllm.server.middleware.ExpressMiddleware"
 
 def add_to(parser: Any) -> None:
     """Put the middleware into the default of `--middleware`, where the parser has that."""
+    from ..patches import budgets_in_batches
+
+    budgets_in_batches()  # vllm run-batch has the same parser, and no application
     for action in parser._actions:
         if action.dest == "middleware" and PATH not in (action.default or []):
             parser.set_defaults(middleware=[*(action.default or []), PATH])
 
 
 class ExpressMiddleware:
-    """Passes everything through; adds the routes when the server starts."""
+    """Adds the routes when the server starts, and from then on keeps error answers small."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        self.attached = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -39,6 +45,8 @@ class ExpressMiddleware:
                 await receive()
                 await send({"type": "lifespan.startup.failed", "message": str(error)})
                 raise
+        if self.attached and scope["type"] == "http":
+            send = BoundedErrors(send)
         await self.app(scope, receive, send)
 
     def _start(self, app: Any) -> None:
@@ -49,7 +57,10 @@ class ExpressMiddleware:
             return  # a server without an engine
         if not chosen(config):
             return
+        from ..patches import cut_messages_before_cleaning
         from .routes import attach
 
+        cut_messages_before_cleaning()
         attach(app)
+        self.attached = True
         logger.info("express: request API at /v1/express, page at /express")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from ..budget import Budget, ServerConfig
 from ..kvsize import KVSize
-from ..layout import Layout
+from ..layout import MIN_SLOTS, Layout
 from .usage import Sequence, usage
 
 
@@ -94,18 +94,13 @@ def plan(
 
 
 def attended(layout: Layout | None, start: int, stop: int) -> Attended:
-    """Over states of `start` to `stop` - 1 tokens, event by event: between two, live grows by 1."""
+    """Over states of `start` to `stop` - 1 tokens."""
     exact = (start + stop - 1) / 2
     if layout is None:
         return Attended(mean=exact, most=stop - 1, exact_mean=exact)
-    total, most, tokens = 0, 0, start
-    while tokens < stop:
-        last = min(layout.next_event_position(tokens), stop - 1)
-        first_live, last_live = layout.live(tokens), layout.live(last)
-        total += (first_live + last_live) * (last - tokens + 1) // 2
-        most = max(most, last_live)
-        tokens = last + 1
-    return Attended(mean=round(total / (stop - start), 2), most=most, exact_mean=exact)
+    found = layout.attended(start, stop)
+    mean = round(found.total / (stop - start), 2)
+    return Attended(mean=mean, most=found.most, exact_mean=exact)
 
 
 def error_bound(budget: Budget, config: ServerConfig) -> Bound:
@@ -127,9 +122,13 @@ def error_bound(budget: Budget, config: ServerConfig) -> Bound:
 def describe_server(
     config: ServerConfig, size: KVSize, capacity: Capacity, max_model_len: int, fields: Any
 ) -> dict[str, Any]:
-    """The answer of `GET /v1/express/config`."""
+    """The answer of `GET /v1/express/config`.
+
+    Where no sequence is long enough to be thinned, every request is exact and there is no shape.
+    """
     cap = config.memory_cap(max_model_len)
     memory = min(config.memory_tokens, cap)
+    shape = None if memory < MIN_SLOTS else asdict(config.shape(memory, config.profile))
     return {
         "defaults": {
             "memory_tokens": memory,
@@ -137,11 +136,12 @@ def describe_server(
             "mode": config.mode, "profile": config.profile, "seed": config.seed,
         },
         "limits": {
-            "min_memory_tokens": config.min_memory_tokens, "max_memory_tokens": cap,
+            "min_memory_tokens": config.min_memory_tokens,
+            "max_memory_tokens": max(cap, config.min_memory_tokens),
             "max_model_len": max_model_len,
         },
         "schedule": config.schedule,
-        "shape": asdict(config.shape(memory, config.profile)),
+        "shape": shape,
         "wide": {"layers": config.wide_layers or (), "factor": config.wide_factor},
         "bytes_per_token": size.slot_bytes,
         "model_shape": asdict(size),

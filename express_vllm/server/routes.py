@@ -1,132 +1,96 @@
-"""The routes: vLLM's three completion routes with an `express` object, and express's own."""
+"""The routes: vLLM's, which read budgets or refuse them (table.py), and express's own.
+
+vLLM's routes stay as they are, with their models and handlers; what they are called with and what
+they answer goes through `Take` or `Refuse`.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Coroutine
-from http import HTTPStatus
-from importlib import import_module
+import json
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from fastapi.routing import APIRoute
-from pydantic import create_model
-from starlette.exceptions import HTTPException  # what FastAPI raises; its own is a subclass
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.responses import HTMLResponse, Response
+from fastapi.routing import APIRoute, request_response
 
 from ..fields import BudgetError
-from .answer import with_usage
-from .body import PREFIX, check_duplicates, express_field, merge
+from .body import named
 from .errors import refused
 from .page import HEADERS, PAGE
 from .plan import Plan
+from .schema import show_budgets
 from .service import Service
-from .settle import settled
-from .watch import Call, current_call
+from .table import WITHOUT_BUDGET, Route, decision
 
-#: Route -> where vLLM's request model and handler are.
-COMPLETIONS = {
-    "/v1/completions": (
-        "vllm.entrypoints.openai.completion", "CompletionRequest", "create_completion",
-    ),
-    "/v1/chat/completions": (
-        "vllm.entrypoints.openai.chat_completion", "ChatCompletionRequest",
-        "create_chat_completion",
-    ),
-    "/v1/responses": (
-        "vllm.entrypoints.openai.responses", "ResponsesRequest", "create_responses",
-    ),
-}  # fmt: skip
-
-
-class ExpressRoute(APIRoute):
-    """A route that answers unreadable bodies (too deep, too many digits) in OpenAI's form too."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-
-        handler = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except HTTPException as error:
-                answer = create_error_response(
-                    f"{error.detail}: it must be a JSON object that Python can read",
-                    status_code=HTTPStatus(error.status_code),
-                )
-                return JSONResponse(answer.model_dump(), error.status_code)
-
-        return handle
+Handler = Callable[[Request], Awaitable[Response]]
+UNREADABLE = "the body cannot be read: it must be a JSON object that Python can read"
 
 
 def attach(app: FastAPI) -> None:
-    """Add the routes to vLLM's application; its other routes stay as they are."""
+    """Put budgets into vLLM's routes and add our own; whatever takes none stays as it is."""
     service = Service(app.state)
-    old = {route.path: route for route in app.routes if isinstance(route, APIRoute)}
+    taking = []
+    for route in app.routes:
+        if not isinstance(route, APIRoute) or "POST" not in route.methods:
+            continue
+        if route.path in WITHOUT_BUDGET:
+            continue
+        decided = decision(route.path)
+        if not decided.express:
+            taking.append(route)
+        _wrap(route, functools.partial(_answer, service, decided))
+    # Ours come first: routes are tried in order, and a mount may match any path.
     before = len(app.router.routes)
-    for path, (package, request, handler) in COMPLETIONS.items():
-        if path in old:
-            _add_completion(app, service, path, old[path], (package, request, handler))
     _add_own(app, service)
     routes = app.router.routes
-    ours = routes[before:]
-    replaced = {(route.path, "POST") for route in ours if isinstance(route, APIRoute)}
-    # Ours come first: routes are tried in order, and a mount may match any path.
-    routes[:] = ours + [r for r in routes[:before] if not _is_one_of(r, replaced)]
-    app.openapi_schema = None
+    routes[:] = routes[before:] + routes[:before]
+    show_budgets(app, [route.path for route in taking], service.fields)
 
 
-def _is_one_of(route: Any, replaced: set[tuple[str, str]]) -> bool:
-    return isinstance(route, APIRoute) and any(
-        (route.path, method) in replaced for method in route.methods
-    )
+def _wrap(route: APIRoute, answer: Callable[[Request, Handler], Awaitable[Response]]) -> None:
+    """Have the route's requests answered by `answer`, which gets its own handler too."""
+    handler = route.get_route_handler()
+
+    async def handle(request: Request) -> Response:
+        return await answer(request, handler)
+
+    route.app = request_response(handle)
 
 
-def _add_completion(
-    app: FastAPI, service: Service, path: str, old: APIRoute, source: tuple[str, str, str]
-) -> None:
-    package, request_name, handler_name = source
-    base = getattr(import_module(f"{package}.protocol"), request_name)
-    handler = getattr(import_module(f"{package}.api_router"), handler_name)
-    model = create_model(
-        f"Express{request_name}", __base__=base, express=express_field(service.fields)
-    )
+async def read(request: Request) -> Any:
+    """The body, if it is JSON or a form, else None; vLLM's handlers reuse what is read here.
 
-    async def endpoint(request: Any, raw_request: Request) -> Any:
-        return await _answer(service, path, handler, request, raw_request)
-
-    endpoint.__annotations__ = {"request": model, "raw_request": Request}
-    endpoint.__name__, endpoint.__doc__ = handler.__name__, handler.__doc__
-    app.router.add_api_route(
-        path, endpoint, methods=["POST"], responses=old.responses, dependencies=old.dependencies,
-        response_model=None, route_class_override=ExpressRoute,
-    )  # fmt: skip
-
-
-async def _answer(
-    service: Service, path: str, handler: Any, request: Any, raw_request: Request
-) -> Any:
-    call = Call(path)
-    if request.express is not None:
-        call.prefix = PREFIX
-        try:
-            check_duplicates(await raw_request.body())
-            if getattr(request, "use_beam_search", False):
-                service.refuse_beam_search(request.express)
-            request.vllm_xargs = merge(request.express, request.vllm_xargs, service.fields)
-        except BudgetError as error:
-            raise refused(error) from error
-    # Never reset: a stream asks for its output later, and every request has a context of its own.
-    current_call.set(call)
+    Broken JSON is None too: FastAPI says where it is broken.  Raises a 400 if Python cannot read it
+    (nested too deep, a number of too many digits), where FastAPI's text does not say why.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        return await request.form()
+    if kind != "application/json" and not kind.endswith("+json"):
+        return None
     try:
-        response = await handler(request, raw_request)
-        if isinstance(response, StreamingResponse) and not call.asked.is_set():
-            response.body_iterator = await settled(aiter(response.body_iterator), call.asked)
-    except BaseException:
-        service.finish(call)
-        raise
-    return with_usage(response, call.usage, functools.partial(service.finish, call))
+        return await request.json()
+    except json.JSONDecodeError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, UNREADABLE) from error
+
+
+async def _answer(service: Service, route: Route, request: Request, handler: Handler) -> Response:
+    """vLLM's answer to a request, under the budget that its body names, if the route takes one."""
+    body = await read(request)
+    try:
+        for place, _, fields in named(body):
+            if reason := route.refuses(place):
+                raise BudgetError(place, fields, reason, "route")
+        if route.express:
+            return await handler(request)
+        call = service.call(route.path, body, await request.body())
+    except BudgetError as error:
+        raise refused(error) from error
+    return await service.answer(call, functools.partial(handler, request))
 
 
 def _add_own(app: FastAPI, service: Service) -> None:
@@ -153,12 +117,19 @@ def _add_own(app: FastAPI, service: Service) -> None:
     plan.__annotations__ = {
         "request": service.plan_request, "raw_request": Request, "return": Plan,
     }  # fmt: skip
-    json_only = [Depends(validate_json_request)]
-    add = functools.partial(app.router.add_api_route, route_class_override=ExpressRoute)
+    add = app.router.add_api_route
     add("/v1/express/config", config, methods=["GET"])
     add("/v1/express/status", status, methods=["GET"])
     add(
         "/v1/express/plan", plan, methods=["POST"], response_model=Plan, responses=errors,
-        dependencies=json_only,
+        dependencies=[Depends(validate_json_request)],
     )  # fmt: skip
     add("/express", page, methods=["GET"], response_class=HTMLResponse)
+    for route in app.router.routes:
+        if isinstance(route, APIRoute) and route.path == "/v1/express/plan":
+            _wrap(route, _readable)
+
+
+async def _readable(request: Request, handler: Handler) -> Response:
+    await read(request)
+    return await handler(request)

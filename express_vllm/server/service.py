@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from fastapi.responses import Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, create_model
 
-from ..budget import Budget, BudgetError, resolve
-from ..kvsize import KVSize
-from ..platforms.common import server_config
-from .body import PREFIX, check_duplicates, express_field, merge
+from ..edge import Edge, current
+from ..fields import BudgetError, Fields
+from .answer import with_usage
+from .body import OBJECT, PREFIX, budget, check_duplicates, refuse_beam_search
 from .errors import refused
 from .metrics import attach_metrics, read_gauges
 from .plan import Capacity, Plan, describe_server, plan
-from .watch import Call, WatchedEngine
+from .settle import settled
+from .stored import Responses
+from .watch import RECENT, Call, watch
 
-#: vLLM's handlers that ask the engine for completions.
-HANDLERS = ("openai_serving_completion", "openai_serving_chat", "openai_serving_responses")
+#: The most that a length may say; what the model allows is checked with the budget.
+MOST = 2**53
 
 
 class PlanRequest(BaseModel):
@@ -25,26 +29,28 @@ class PlanRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt_tokens: int = Field(ge=1, strict=True, description="length of the prompt")
-    max_tokens: int = Field(16, ge=1, strict=True, description="most tokens to generate")
+    prompt_tokens: int = Field(ge=1, le=MOST, strict=True, description="length of the prompt")
+    max_tokens: int = Field(16, ge=1, le=MOST, strict=True, description="most tokens to generate")
 
 
 class Service:
-    """Reads vLLM's state once and watches its handlers from then on."""
+    """Reads vLLM's state once and watches its engine from then on."""
 
     def __init__(self, state: Any) -> None:
         self.vllm_config = config = state.vllm_config
-        self.config = server_config(config)
-        self.size = KVSize.of(config, self.config)
-        self.max_model_len: int = config.model_config.max_model_len
-        self.fields = self.config.fields(self.max_model_len)
+        self.edge = Edge.of(config)
+        self.fields: type[Fields] = self.edge.config.fields(self.edge.max_model_len)
+        # Its type is for the schema; `budget` checks it, with better errors.
+        express: Any = Annotated[self.fields | None, SkipValidation]
+        text = "what the request's KV cache may use (docs/api.md)"
         self.plan_request = create_model(
-            "ExpressPlanRequest", __base__=PlanRequest, express=express_field(self.fields)
-        )
-        self.engine = WatchedEngine(state.engine_client, self.budget)
-        for name in HANDLERS:
-            if (handler := getattr(state, name, None)) is not None:
-                handler.engine_client = self.engine
+            "ExpressPlanRequest", __base__=PlanRequest,
+            express=(express, Field(None, description=text)),
+        )  # fmt: skip
+        self.recent: deque[Call] = deque(maxlen=RECENT)
+        watch(state.engine_client)
+        serving = getattr(state, "openai_serving_responses", None)
+        self.responses = None if serving is None else Responses(serving)
         attach_metrics(state.engine_client, config)
 
     @property
@@ -56,52 +62,62 @@ class Service:
         limit = self.vllm_config.scheduler_config.max_num_seqs * engines
         return Capacity(blocks, cache.block_size, limit)
 
-    def budget(self, sampling_params: Any, tokens: int, prefix: str) -> Budget:
-        """The budget of sampling parameters, as the engine will resolve it."""
-        return self._resolve(sampling_params.extra_args, tokens, sampling_params.max_tokens, prefix)
+    def call(self, route: str, body: Any, text: bytes) -> Call:
+        """A request of the route with this body.  Raises BudgetError."""
+        refuse_beam_search(body)
+        if isinstance(body, dict) and OBJECT in body:
+            check_duplicates(text)
+        prefix, fields = budget(body, self.fields)
+        return Call(route, prefix, fields, self.recent)
 
-    def _resolve(
-        self, extra_args: Any, prompt_tokens: int, max_tokens: int | None, prefix: str
-    ) -> Budget:
-        return resolve(
-            extra_args, self.config, prompt_tokens=prompt_tokens, max_tokens=max_tokens,
-            max_model_len=self.max_model_len, slot_bytes=self.size.slot_bytes, prefix=prefix,
-        )  # fmt: skip
+    async def answer(self, call: Call, handle: Callable[[], Awaitable[Response]]) -> Response:
+        """What `handle` answers, with usage; a refusal is raised, whatever it makes of that."""
+        # Never reset: a stream asks for its output later, and every request has a context of its
+        # own.
+        current.set(call)
+        try:
+            response = await handle()
+            if not call.asked.is_set():
+                await self._begin(call, response)
+            if call.error is not None:
+                raise call.error
+        except BaseException:
+            call.finish()
+            if self.responses is not None:
+                self.responses.forget(call)
+            raise
+        return with_usage(response, call.usage, call.finish)
 
-    def finish(self, call: Call) -> None:
-        """The HTTP answer of `call` is complete."""
-        call.finished = call.finished or time.time()
-
-    def refuse_beam_search(self, raw: object) -> None:
-        raise BudgetError(
-            "express", raw, "beam search runs its own requests without it; drop use_beam_search",
-            "beam_search",
-        )  # fmt: skip
+    async def _begin(self, call: Call, response: Response) -> None:
+        """Wait for the engine's word on what the answer has not asked it for yet."""
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = await settled(aiter(response.body_iterator), call)
+        elif self.responses is not None and call.route == "/v1/responses":
+            await self.responses.begun(response, call)
 
     def describe(self) -> dict[str, Any]:
+        edge = self.edge
         return describe_server(
-            self.config, self.size, self.capacity, self.max_model_len, self.fields
+            edge.config, edge.size, self.capacity, edge.max_model_len, self.fields
         )
 
     def plan(self, request: Any, body: bytes) -> Plan:
         """The plan of a request.  Raises vLLM's validation error (400)."""
+        edge, length = self.edge, request.prompt_tokens + request.max_tokens
         try:
             check_duplicates(body)
-            length = request.prompt_tokens + request.max_tokens
-            if length > self.max_model_len:
+            if length > edge.max_model_len:
                 raise BudgetError(
                     "prompt_tokens", request.prompt_tokens,
                     f"with max_tokens={request.max_tokens} it is {length}, and the model's "
-                    f"maximal length is {self.max_model_len}", "length",
+                    f"maximal length is {edge.max_model_len}", "length",
                 )  # fmt: skip
-            raw = {} if request.express is None else request.express
-            budget = self._resolve(
-                merge(raw, None, self.fields), request.prompt_tokens, request.max_tokens, PREFIX
-            )
+            _, fields = budget({OBJECT: request.express}, self.fields)
+            found = edge.resolve(fields, request.prompt_tokens, request.max_tokens, PREFIX)
         except BudgetError as error:
             raise refused(error) from error
         return plan(
-            budget, self.config, self.size, self.capacity,
+            found, edge.config, edge.size, self.capacity,
             request.prompt_tokens, request.max_tokens,
         )  # fmt: skip
 
@@ -112,7 +128,7 @@ class Service:
             **read_gauges(),
             "kv_slots": capacity.blocks * capacity.block_size,
             "block_size": capacity.block_size,
-            "bytes_per_token": self.size.slot_bytes,
+            "bytes_per_token": self.edge.size.slot_bytes,
             "model": self.vllm_config.model_config.served_model_name,
-            "requests": [call.row() for call in reversed(self.engine.recent)],
+            "requests": [call.row() for call in reversed(self.recent)],
         }

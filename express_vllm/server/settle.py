@@ -1,6 +1,6 @@
-"""Holds a stream back until the engine has taken its request, so that a refusal is still a 400.
+"""Holds an answer back until the engine has taken its requests, so that a refusal is still a 400.
 
-vLLM starts the streams of `/v1/responses` before it asks the engine.
+vLLM starts its streams before the engine is asked, and turns what is raised in them into events.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
+from .watch import Call
 
-async def settled(chunks: AsyncIterator[Any], started: asyncio.Event) -> AsyncIterator[Any]:
-    """The same chunks, once `started` is set or the stream has ended.
 
-    Raises what the stream raises before that.
+async def settled(chunks: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]:
+    """The same chunks, once the call's requests are admitted or the stream has ended.
+
+    Raises what kept the engine from being asked, or what the stream raises before that.
     """
     early: list[Any] = []
     pending: asyncio.Future[Any] | None = None
-    waiting = asyncio.ensure_future(started.wait())
+    waiting = asyncio.ensure_future(call.asked.wait())
     try:
-        while not started.is_set():
+        while not call.asked.is_set():
             pending = asyncio.ensure_future(anext(chunks))
             await asyncio.wait({pending, waiting}, return_when=asyncio.FIRST_COMPLETED)
             if not pending.done():
@@ -34,6 +36,9 @@ async def settled(chunks: AsyncIterator[Any], started: asyncio.Event) -> AsyncIt
         raise
     finally:
         waiting.cancel()
+    if call.error is not None:
+        await _close(chunks, pending)
+        raise call.error
     return _replay(early, pending, chunks)
 
 
@@ -49,9 +54,13 @@ async def _replay(
         async for chunk in chunks:
             yield chunk
     finally:
-        await _drop(pending)
-        if hasattr(chunks, "aclose"):
-            await chunks.aclose()
+        await _close(chunks, pending)
+
+
+async def _close(chunks: AsyncIterator[Any], pending: asyncio.Future[Any] | None) -> None:
+    await _drop(pending)
+    if hasattr(chunks, "aclose"):
+        await chunks.aclose()
 
 
 async def _drop(pending: asyncio.Future[Any] | None) -> None:
