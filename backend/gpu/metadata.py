@@ -28,7 +28,7 @@ from express_vllm.layout import Layout, Shape, layout_for
 
 from ..kernels.step import Chunk, StepPlan, compact_pages
 from ..pages import slot_pages
-from ..step import current_step
+from ..step import current_step, plain_batch
 from .decodes import DecodeRows, DecodeTables, layout_of
 from .timer import CompactionTimer
 
@@ -80,6 +80,7 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
         fast_build: bool = False,
     ) -> ExpressMetadata:
         common = common_attn_metadata
+        plain_batch(common_prefix_len, common)
         table = common.block_table_tensor
         step = current_step()
         names = step.request_ids(common)
@@ -89,7 +90,7 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
         counts = np.diff(common.query_start_loc_cpu.numpy())[: len(names)]
         stops = common.seq_lens_cpu_upper_bound.numpy()[: len(names)]
         decodes = int(np.argmax(counts != 1)) if (counts != 1).any() else len(names)
-        budgets = [step.budgets.get(name) for name in names]
+        budgets = step.of(names)
         due = self._rows.update(
             common.req_idx[:decodes], names[:decodes], budgets[:decodes], stops[:decodes] - 1
         )

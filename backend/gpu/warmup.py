@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from express_vllm.layout import layout_for
+from express_vllm.layout import MIN_SLOTS, layout_for
 from express_vllm.platforms.common import server_config
 
 from ..kernels import step
@@ -29,7 +29,9 @@ def warm_up(vllm_config: VllmConfig, device: torch.device) -> None:
     start = time.monotonic()
     config = server_config(vllm_config)
     cap = config.memory_cap(vllm_config.model_config.max_model_len)
-    shape = config.shape(min(config.memory_tokens, cap), config.profile)
+    # No request of a shorter server has an event; its chunks run the same kernels.
+    slots = max(min(config.memory_tokens, cap), MIN_SLOTS)
+    shape = config.shape(slots, config.profile)
     for layer in {x.kv_cache.shape: x for x in found}.values():
         layers = LayerGroup.of([layer])
         _, kv_heads, block_size, width = layers.cache.shape
