@@ -185,7 +185,8 @@ class Event(NamedTuple):
 
     Before it the cache holds `live_before` slots, of which [incoming_start, incoming_start +
     incoming) leave the recent tokens.  After it `levels[w]` entries have weight 2^w, `drawn` tokens
-    stand behind a single partial entry (0: none), and `live_after` slots are live.
+    stand behind a single partial entry (0: none), and `live_after` slots are live.  `before` and
+    `drawn_before` are levels and tokens of the partial entry before it.
     """
 
     number: int
@@ -197,6 +198,8 @@ class Event(NamedTuple):
     ops: tuple[Op, ...]
     levels: tuple[int, ...]
     drawn: int
+    before: tuple[int, ...]
+    drawn_before: int
 
 
 class Layout:
@@ -273,14 +276,14 @@ class Layout:
         if previous:
             stored += sum(previous.levels) + (1 if previous.drawn else 0)
         incoming = live - shape.window - stored
-        levels = list(previous.levels) if previous else []
-        ops, levels, drawn = self._policy.compact(
-            levels, previous.drawn if previous else 0, incoming
-        )
+        before = previous.levels if previous else ()
+        drawn_before = previous.drawn if previous else 0
+        ops, levels, drawn = self._policy.compact(list(before), drawn_before, incoming)
         after = shape.coreset_start + sum(levels) + (1 if drawn else 0) + shape.window
         return Event(
-            index, position, stored, incoming, live, after, tuple(ops), tuple(levels), drawn
-        )
+            index, position, stored, incoming, live, after, tuple(ops), tuple(levels), drawn,
+            before, drawn_before,
+        )  # fmt: skip
 
 
 class _Area:

@@ -43,10 +43,10 @@ class Runner:
         for r, count in enumerate(counts):
             if count:
                 start = self.stored[r]
-                chunks.append(Chunk(start, start + count, token, r, SEED + r))
+                chunks.append(Chunk(self.layout, start, start + count, token, r, SEED + r))
                 self.stored[r] += count
             token += count
-        plan = StepPlan.make(self.layout, chunks, self.group, DEVICE)
+        plan = StepPlan.make(chunks, self.group, DEVICE)
         output = torch.full_like(batch[0], torch.nan)
         step.run_chunks(plan, *batch, self.cache, self.table, LAYER, FIRST_HEAD, self.scale, output)
         return output
@@ -54,12 +54,12 @@ class Runner:
     def decode(self, batch):
         """One further token of every request."""
         due = [
-            Chunk(n, n + 1, 0, r, SEED + r)
+            Chunk(self.layout, n, n + 1, 0, r, SEED + r)
             for r, n in enumerate(self.stored)
             if self.layout.events(n, n + 1)
         ]
         if due:
-            plan = StepPlan.make(self.layout, due, self.group, DEVICE, compacting=True)
+            plan = StepPlan.make(due, self.group, DEVICE, compacting=True)
             step.compact_pages(
                 plan, self.cache, self.zero, self.zero + LAYER, self.table, FIRST_HEAD,
                 self.scale, self.group,
@@ -337,8 +337,9 @@ def test_decode_steps_compact_every_layer_alike():
     layers, heads, group, size = 2, 1, 2, 64
     pages = torch.randn(layers, 20, heads, 16, 2 * size).to(DEVICE)
     table = torch.randperm(20)[:16].view(2, 8).int().to(DEVICE)
-    chunks = [Chunk(event.position, event.position + 1, 0, r, SEED + r) for r in range(2)]
-    plan = StepPlan.make(layout, chunks, group, DEVICE, compacting=True)
+    at = event.position
+    chunks = [Chunk(layout, at, at + 1, 0, r, SEED + r) for r in range(2)]
+    plan = StepPlan.make(chunks, group, DEVICE, compacting=True)
     alone = pages.clone()
     zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     for layer in range(layers):
@@ -356,12 +357,12 @@ def test_first_and_later_events_of_a_batch_decide_as_alone():
     pages = torch.randn(20, 1, 16, 2 * size).to(DEVICE)
     table = torch.randperm(20)[:16].view(2, 8).int().to(DEVICE)
     positions = [layout.event(0).position, layout.event(3).position]
-    chunks = [Chunk(n, n + 1, 0, r, SEED + r) for r, n in enumerate(positions)]
+    chunks = [Chunk(layout, n, n + 1, 0, r, SEED + r) for r, n in enumerate(positions)]
     alone = pages.clone()
     zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
 
     def run(cache, some):
-        plan = StepPlan.make(layout, some, group, DEVICE, compacting=True)
+        plan = StepPlan.make(some, group, DEVICE, compacting=True)
         step.compact_pages(plan, cache, zero, zero, table, FIRST_HEAD, 0.125, group)
 
     for chunk in chunks:
@@ -411,11 +412,11 @@ def test_overlapped_attention_equals_serial():
         for starts, stops, rows in (((0, 0), (3000, 1), 3001), ((3000, 1), (5111, 2048), 4158)):
             chunks, at = [], 0
             for r in range(2):
-                chunks.append(Chunk(starts[r], stops[r], at, r, SEED + r))
+                chunks.append(Chunk(layout, starts[r], stops[r], at, r, SEED + r))
                 at += stops[r] - starts[r]
             part = [x[:rows] for x in batch]
             output = torch.full_like(part[0], torch.nan)
-            plan = StepPlan.make(layout, chunks, group, DEVICE)
+            plan = StepPlan.make(chunks, group, DEVICE)
             step.run_chunks(
                 plan, *part, runner.cache, runner.table, LAYER, FIRST_HEAD, runner.scale, output,
                 side=stream,
@@ -497,7 +498,7 @@ def test_teams_decide_alike():
     layout, heads, group, size, total = Layout(make_shape(1024)), 8, 4, 128, 6000
     batch = tokens(total, heads, group, size, torch.bfloat16)
     runner = Runner(layout, torch.bfloat16, size, heads=heads, group=group)
-    plan = StepPlan.make(layout, [Chunk(0, total, 0, 0, SEED)], group, DEVICE)
+    plan = StepPlan.make([Chunk(layout, 0, total, 0, 0, SEED)], group, DEVICE)
     source = step.chunk_source(plan, *batch[1:], runner.cache, runner.table)
     scores = step.score_recent(plan, batch[0], runner.cache, source, 1, runner.scale, group)
     model = step.model_of(runner.cache, group)
@@ -507,7 +508,9 @@ def test_teams_decide_alike():
         )[0].clone()
         for team in (1, 2, 4, 8)
     ]
-    for k in range(plan.events):
+    width = plan.extent.width
+    for k in range(plan.extent.events):
         stored = layout.event(k).live_after - layout.shape.window
-        first, *others = (x[0, k + 1, :, :stored] for x in lists)
+        rows = (x.view(-1, heads, width) for x in lists)
+        first, *others = (x[k + 1, :, :stored] for x in rows)
         assert all(torch.equal(first, other) for other in others), f"event {k}"
