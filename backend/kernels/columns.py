@@ -41,8 +41,7 @@ ROUND, ROUNDS, FINAL, BIAS, SINKS, HEAVY = (
     )
 )  # fmt: skip
 OWNER, KEPT, QUERY, SCORE, ROOM = (
-    tl.constexpr(n)
-    for n in (tables.OWNER, tables.KEPT, tables.QUERY, tables.SCORE, tables.ROOM)
+    tl.constexpr(n) for n in (tables.OWNER, tables.KEPT, tables.QUERY, tables.SCORE, tables.ROOM)
 )
 # An event's operations.
 KIND, LENGTH, SEEN, INDEX, INPUTS, OUTPUT = (

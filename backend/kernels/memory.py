@@ -15,15 +15,20 @@ ALIGNMENT = 256
 
 
 class Workspace:
-    """Device memory of a fixed size, taken when it is first asked for; dies with its engine."""
+    """Device memory of a fixed size, taken when it is first asked for."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.device = size, device
         self._buffer: Tensor | None = None
 
+    def grow(self, size: int) -> None:
+        """Hold at least `size` bytes from now on."""
+        self.size = max(self.size, size)
+
     @property
     def buffer(self) -> Tensor:
-        if self._buffer is None:
+        if self._buffer is None or self._buffer.numel() < self.size:
+            self._buffer = None
             self._buffer = torch.empty(self.size, dtype=torch.uint8, device=self.device)
         return self._buffer
 

@@ -88,9 +88,7 @@ def append_kernel(
     token = tl.load(request + columns.TOKEN)
     count = tl.load(request + columns.STOP) - (old - tl.load(request + columns.SHIFT))
     o_d = tl.arange(0, D_PAD)
-    for first in range(
-        tl.program_id(2) * BLOCK, count.to(tl.int32), tl.num_programs(2) * BLOCK
-    ):
+    for first in range(tl.program_id(2) * BLOCK, count.to(tl.int32), tl.num_programs(2) * BLOCK):
         i_token = first + tl.arange(0, BLOCK)
         m = (i_token < count)[:, None] & (o_d < D)[None, :]
         i_row = token + i_token

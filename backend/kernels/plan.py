@@ -7,6 +7,8 @@ plan.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -144,10 +146,11 @@ def _extent(
 
 @dataclass
 class StepPlan:
-    """Device tables of a step's requests, see `tables.py` for the columns."""
+    """Device tables of a step's requests, flat; see `tables.py` for the columns."""
 
     kind: Kind | None  # None: no request has an event
     extent: Extent
+    tiles: int
     requests: Tensor
     events: Tensor
     items: Tensor
@@ -186,14 +189,14 @@ class StepPlan:
         kinds = {span.kind for span in spans if span.events}
         if len(kinds) > 1:
             raise ValueError(f"a plan's events have one kind, these have {sorted(kinds)}")
-        extent = sum((span.extent for span in spans), Extent())
+        extent = functools.reduce(operator.add, (span.extent for span in spans))
         writer = _Writer(with_lists=bool(kinds))
         for span in spans:
             writer.add(span, tile)
+        arrays = writer.arrays()
         return cls(
-            kinds.pop() if kinds else None, extent,
-            *to_device([*writer.arrays(), np.zeros(1, np.int64)], device),
-            memory or Memory(device),
+            kinds.pop() if kinds else None, extent, len(arrays[2]),
+            *to_device([*arrays, np.zeros(1, np.int64)], device), memory or Memory(device),
         )  # fmt: skip
 
 
@@ -295,30 +298,23 @@ class _Writer:
         """Requests, events, items, rounds, ops, ids and bias."""
         events = np.array(self.events, np.int32).reshape(-1, tables.EVENT)
         rows = self.unique
-        n_ids, n_ops, n_rounds = (
-            np.array(x, np.int32)
-            for x in (
-                [r.ids for r in rows], [len(r.ops) for r in rows], [len(r.rounds) for r in rows],
-            )
-        )  # fmt: skip
-        id_at, op_at, round_at = (np.cumsum(n) - n for n in (n_ids, n_ops, n_rounds))
+        counts = np.array([(r.ids, len(r.ops), len(r.rounds)) for r in rows], np.int32)
+        counts = counts.reshape(-1, 3)
+        begin = counts.cumsum(0, dtype=np.int32) - counts
         ops = _joined([r.ops for r in rows], tables.OP)
-        ops[:, tables.INPUTS] += np.repeat(id_at, n_ops)
+        ops[:, tables.INPUTS] += np.repeat(begin[:, 0], counts[:, 1])
         rounds = _joined([r.rounds for r in rows], 2)
-        rounds[:, 0] += np.repeat(op_at, n_rounds)
+        rounds[:, 0] += np.repeat(begin[:, 1], counts[:, 2])
         if rows:
-            placed = np.array(self.placed)
-            final = np.array([r.final for r in rows])
-            events[:, tables.ROUND] = round_at[placed]
-            events[:, tables.FINAL] = (id_at + final)[placed]
+            final = begin[:, 0] + np.array([r.final for r in rows], np.int32)
+            events[:, tables.ROUND] = begin[self.placed, 2]
+            events[:, tables.FINAL] = final[self.placed]
+        weight, count = zip(*self.runs, strict=True) if self.runs else ((), ())
         return [
             np.array(self.requests, np.int64).reshape(-1, tables.REQUEST), events,
             np.concatenate(self.items), rounds, ops,
             spread(_joined([r.runs for r in rows], 2)),
-            np.repeat(
-                np.array([w for w, _ in self.runs], np.float32),
-                np.array([n for _, n in self.runs], np.int32),
-            ),
+            np.repeat(np.array(weight, np.float32), np.array(count, np.int32)),
         ]  # fmt: skip
 
 
@@ -327,19 +323,31 @@ def _joined(arrays: list[np.ndarray], columns: int) -> np.ndarray:
 
 
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Copy arrays in one transfer that the host does not wait for; -> views of the copy."""
-    sizes = [cdiv(max(a.nbytes, 1), 16) * 16 for a in arrays]
-    host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    """Copy arrays in one transfer that the host does not wait for; -> flat views of the copy."""
+    sizes = [cdiv(max(a.nbytes, 1), 16) * 4 for a in arrays]  # words, so that each is aligned
+    host = staging(4 * sum(sizes), device)
+    at = 0
     words = host.numpy()
-    at = 0
     for array, size in zip(arrays, sizes, strict=True):
-        words[at : at + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        at += size
-    copy = host.to(device, non_blocking=True)
-    views = []
-    at = 0
-    for array, size in zip(arrays, sizes, strict=True):
-        dtype = torch.from_numpy(array[:0]).dtype
-        views.append(copy[at : at + array.nbytes].view(dtype).view(array.shape))
-        at += size
-    return views
+        words[at : at + array.nbytes] = array.reshape(-1).view(np.uint8)
+        at += 4 * size
+    copy = host.to(device, non_blocking=True).view(torch.int32)
+    return [
+        part if array.dtype == np.int32 else part.view(_TYPES[array.dtype.type])
+        for part, array in zip(copy.split(sizes), arrays, strict=True)
+    ]
+
+
+_TYPES = {np.int64: torch.int64, np.float32: torch.float32}
+
+
+def upload(array: np.ndarray, out: Tensor) -> None:
+    """Copy `array` to the device tensor `out`, of its size; the host does not wait."""
+    host = staging(array.nbytes, out.device)
+    host.numpy()[:] = array.reshape(-1).view(np.uint8)
+    out.copy_(host.view(out.dtype), non_blocking=True)
+
+
+def staging(size: int, device: torch.device) -> Tensor:
+    """Bytes on the host, from which a copy to `device` needs no waiting."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")

@@ -12,8 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import columns
-
 
 @triton.jit
 def mix(state, word):
@@ -40,7 +38,7 @@ def event_key(seed_low, seed_high, layer, head, position):
 
 @triton.jit
 def wide(n):
-    """n, which is a multiple of 8, as Triton sees it: rows this far apart load in words of 16 bytes.
+    """n, which is a multiple of 8, as Triton sees it: rows so far apart load in words of 16 bytes.
 
     (`tl.multiple_of` says nothing of a kernel's own parameter.)
     """

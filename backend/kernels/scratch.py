@@ -215,9 +215,7 @@ def _pieces(span: Span, fits: Callable[[Extent, Kind | None], bool]) -> Iterator
         return
     middle = chunk.start + count // 2
     yield from _pieces(Span.of(replace(chunk, stop=middle)), fits)
-    yield from _pieces(
-        Span.of(replace(chunk, start=middle, token=chunk.token + count // 2)), fits
-    )
+    yield from _pieces(Span.of(replace(chunk, start=middle, token=chunk.token + count // 2)), fits)
 
 
 def workspace_bytes(slots: int, tokens: int, shape: Shape | None, side: Side) -> int:
@@ -231,7 +229,9 @@ def workspace_bytes(slots: int, tokens: int, shape: Shape | None, side: Side) ->
     needs = [LEAST, *(chunk_bytes(one, kind, side) for kind in kinds)]
     program = max(sharing(one, kind, side, 1, True, limit=0).nbytes for kind in kinds)
     needs += [
-        4 * layer_bytes(one, side), 4 * (program + 8 * aligned(1)), 4 * spare_bytes(one, side)
+        4 * layer_bytes(one, side),
+        4 * (program + 8 * aligned(1)),
+        4 * spare_bytes(one, side),
     ]
     piece = min(tokens, _PIECE)
     if shape:

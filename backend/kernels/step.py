@@ -281,7 +281,7 @@ def attend_chunks(
 
     `progress`: of a compaction that may still run; a query tile then waits for its list.
     """
-    if not len(step.items):
+    if not step.tiles:
         return
     size = query.shape[2]
     if variant is None:
@@ -290,7 +290,7 @@ def attend_chunks(
     if progress:
         launch(wait_started_kernel, (1,), (progress.counters, progress.programs), warps=1)
     launch(
-        prefill_kernel, (heads, len(step.items)),
+        prefill_kernel, (heads, step.tiles),
         (
             query, source.pages, step.items, step.requests, lists, step.bias,
             progress.lists if progress else lists, output, *query.stride()[:2],
