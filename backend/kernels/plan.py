@@ -333,12 +333,12 @@ def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
         at += 4 * size
     copy = host.to(device, non_blocking=True).view(torch.int32)
     return [
-        part if array.dtype == np.int32 else part.view(_TYPES[array.dtype.type])
+        part[: array.nbytes // 4].view(_TYPES[array.dtype.type])
         for part, array in zip(copy.split(sizes), arrays, strict=True)
     ]
 
 
-_TYPES = {np.int64: torch.int64, np.float32: torch.float32}
+_TYPES = {np.int32: torch.int32, np.int64: torch.int64, np.float32: torch.float32}
 
 
 def upload(array: np.ndarray, out: Tensor) -> None:
