@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType
+from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from express_vllm.conflicts import refuse_layer
+from express_vllm.conflicts import active, refuse_layer, refuse_unprepared
 from express_vllm.scheduler.spec import ExpressSpec
 
 from .pages import slot_pages
@@ -50,16 +52,39 @@ class ExpressBackend(AttentionBackend):
         return ["express-vllm runs on CPUs and on NVIDIA GPUs"]
 
     @classmethod
-    def check_layer(cls, selector: Any) -> None:
+    def check_layer(cls, selector: AttentionSelectorConfig) -> None:
         """Refuse layers that express does not cover.  Raises ConflictError naming each reason."""
-        active = {
-            "sliding-window and chunked-local layers": selector.has_sliding_window,
-            "attention sinks of the model": selector.has_sink,
-            "sparse attention layers": selector.use_mla or selector.use_sparse,
-            "multimodal prefix attention": selector.use_mm_prefix,
-            "cross and encoder attention": selector.attn_type != AttentionType.DECODER,
-        }
-        refuse_layer(name for name, found in active.items() if found)
+        refuse_layer(_found(selector))
+
+
+#: What a layer may differ in.  Scales of a quantized cache go unused: `kv_cache_dtype` is checked.
+_FREE = {"head_size", "dtype", "kv_cache_dtype", "block_size", "use_per_head_quant_scales"}
+_SELECTED = {
+    "has_sliding_window": "sliding-window and chunked-local layers",
+    "use_rswa": "sliding-window and chunked-local layers",
+    "has_sink": "attention sinks of the model",
+    "use_mla": "MLA and sparse attention layers",
+    "use_sparse": "MLA and sparse attention layers",
+    "use_mm_prefix": "multimodal prefix attention",
+    "use_non_causal": "prefix-LM and other layers that are not causal",
+    "attn_type": "cross and encoder attention",
+}
+_ARGUMENTS = {
+    "alibi_slopes": "ALiBi slopes",
+    "sliding_window": "sliding-window and chunked-local layers",
+    "logits_soft_cap": "logits soft caps",
+    "kv_sharing_target_layer_name": "KV sharing between layers",
+    "sinks": "attention sinks of the model",
+}
+
+
+def _found(selector: AttentionSelectorConfig) -> Iterator[str]:
+    values = {name: value for name, value in selector._asdict().items() if name not in _FREE}
+    yield from active(values, selector._field_defaults, _SELECTED)
+    if selector.kv_cache_dtype not in (None, "auto", str(selector.dtype).removeprefix("torch.")):
+        yield "a KV cache of another type than the model's"
+    if uses_triton() and (selector.head_size % 8 or selector.head_size > 256):
+        yield "on GPUs, a head size that is no multiple of 8 or is above 256"
 
 
 class ExpressImpl(AttentionImpl[Any]):
@@ -79,15 +104,15 @@ class ExpressImpl(AttentionImpl[Any]):
         kv_sharing_target_layer_name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        active = {
-            "ALiBi slopes": alibi_slopes,
-            "sliding-window and chunked-local layers": sliding_window,
-            "logits soft caps": logits_soft_cap,
-            "KV sharing between layers": kv_sharing_target_layer_name,
-            "attention sinks of the model": kwargs.pop("sinks", None),
+        arguments = {
+            "alibi_slopes": alibi_slopes,
+            "sliding_window": sliding_window,
+            "logits_soft_cap": logits_soft_cap or None,
+            "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
             **kwargs,
         }
-        refuse_layer(name for name, value in active.items() if value is not None and value != 0)
+        refuse_layer(active(arguments, {}, _ARGUMENTS))
+        refuse_unprepared(get_current_vllm_config())
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)

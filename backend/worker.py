@@ -9,9 +9,10 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from express_vllm.platforms.common import server_config
 from express_vllm.scheduler.scheduler import STEP_BUDGETS
+from express_vllm.scheduler.spec import require_express
 
 from .attention import layer_index
-from .step import Step, running
+from .step import IDLE, MissingBudget, Step, made_up, running
 from .timing import stamp
 
 
@@ -24,13 +25,33 @@ class BudgetsMixin:
     def get_kv_cache_spec(self) -> dict[str, Any]:
         config = server_config(self.vllm_config)
         wide = frozenset(config.wide_layers or ())
+        specs = super().get_kv_cache_spec()  # type: ignore[misc]
+        require_express(specs)
         return {
             name: spec.widened(config.wide_factor) if layer_index(name) in wide else spec
-            for name, spec in super().get_kv_cache_spec().items()  # type: ignore[misc]
+            for name, spec in specs.items()
         }
 
+    def determine_available_memory(self) -> Any:
+        with running(IDLE):
+            return super().determine_available_memory()  # type: ignore[misc]
+
+    def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
+        with running(IDLE):
+            return super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]
+
+    def compile_or_warm_up_model(self) -> Any:
+        with running(IDLE):
+            return super().compile_or_warm_up_model()  # type: ignore[misc]
+
+    def execute_dummy_batch(self) -> None:
+        with running(IDLE):
+            super().execute_dummy_batch()  # type: ignore[misc]
+
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
-        budgets = getattr(scheduler_output, STEP_BUDGETS, {})
+        budgets = getattr(scheduler_output, STEP_BUDGETS, None)
+        if budgets is None and not made_up():
+            raise MissingBudget("a step without budgets: the scheduler is not express's")
         with running(Step(budgets, batch_order(self.model_runner))):
             output = super().execute_model(  # type: ignore[misc]
                 scheduler_output, *args, **kwargs

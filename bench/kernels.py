@@ -84,10 +84,10 @@ class Prefill:
         self.output = torch.full_like(batch[0], torch.nan)
         self.side = torch.cuda.Stream(priority=-1)
         self.steps = [
-            StepPlan.make(layout, [Chunk(s, min(s + part, count), s, 0, 7)], GROUP, DEVICE)
+            StepPlan.make([Chunk(layout, s, min(s + part, count), s, 0, 7)], GROUP, DEVICE)
             for s in range(0, count, part)
         ]
-        self.events = sum(s.events for s in self.steps)
+        self.events = sum(s.extent.instances for s in self.steps)
 
     def run(self) -> None:
         for s in self.steps:
@@ -101,8 +101,8 @@ class Prefill:
         states = []
         for s in self.steps:
             source = step.chunk_source(s, key, value, self.cache, self.table)
-            if not s.events:
-                states.append((source, step.identity_lists(s, KV_HEADS, DEVICE)))
+            if not s.kind:
+                states.append((source, step.identity_lists(s)))
                 continue
             scores = step.score_recent(s, query, self.cache, source, 1, SCALE, GROUP)
             model = step.model_of(self.cache, GROUP)
@@ -114,7 +114,7 @@ class Prefill:
 
     def attend(self, states: list[tuple[step.Source, Tensor]]) -> None:
         for s, (source, lists) in zip(self.steps, states, strict=True):
-            step.attend_chunks(s, self.batch[0], source, lists, SCALE, self.output)
+            step.attend_chunks(s, self.batch[0], source, lists, KV_HEADS, SCALE, self.output)
 
 
 def sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], object]:
@@ -242,7 +242,7 @@ def compaction_rows(slots: int, requests: int, layers: int) -> list[dict]:
     offsets = torch.arange(layers, device=DEVICE) * cache[0].numel()
     position = layout.event(40).position
     plan = StepPlan.make(
-        layout, [Chunk(position, position + 1, 0, r, r) for r in range(requests)], GROUP, DEVICE,
+        [Chunk(layout, position, position + 1, 0, r, r) for r in range(requests)], GROUP, DEVICE,
         compacting=True,
     )  # fmt: skip
     ids = torch.arange(layers, device=DEVICE)

@@ -10,9 +10,7 @@ from collections.abc import Callable
 from importlib import metadata
 
 from .conflicts import CONFLICTS, LAYER_CONFLICTS, matrix
-from .plugin import BACKEND_NAME
-
-SUPPORTED_VLLM = "0.32"
+from .plugin import BACKEND_NAME, SUPPORTED_VLLM, untested_vllm
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -75,8 +73,7 @@ def _version(name: str) -> Callable[[], str]:
 
 
 def _supported() -> str:
-    version = metadata.version("vllm")
-    if not version.startswith(SUPPORTED_VLLM + "."):
+    if version := untested_vllm():
         raise RuntimeError(f"version {version} is installed, {SUPPORTED_VLLM}.* is needed")
     return f"yes, {SUPPORTED_VLLM}.*"
 
@@ -87,8 +84,8 @@ def _platform() -> str:
     name = type(current_platform).__qualname__
     if not name.startswith("Express"):
         raise RuntimeError(
-            f"vLLM chose {name}: this machine's device is not supported yet, or VLLM_PLUGINS "
-            "leaves out 'express'"
+            f"vLLM chose {name}: this machine's device is not supported yet, VLLM_PLUGINS leaves "
+            "out 'express', or VLLM_TARGET_DEVICE is set"
         )
     return name
 

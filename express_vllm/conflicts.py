@@ -5,8 +5,7 @@ docs/conflicts.md is `express-vllm conflicts > docs/conflicts.md`, a test keeps 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +27,47 @@ class Conflict:
     remedy: str
 
 
-def _explicit_prefix_caching(config: Any) -> bool:
-    # vLLM turns prefix caching on by default and keeps no trace of who asked for it.
-    return bool({"--enable-prefix-caching", "--enable_prefix_caching"} & set(sys.argv))
+#: On a ModelConfig: vLLM turns prefix caching on by default and does not keep who asked for it.
+PREFIX_CACHING_ASKED = "express_prefix_caching_asked"
 
 
-def _quantized_cache(config: Any) -> bool:
-    return config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32")
+def _prefix_caching(config: Any) -> bool:
+    return config.cache_config.enable_prefix_caching and hasattr(
+        config.model_config, PREFIX_CACHING_ASKED
+    )
+
+
+def _other_cache_dtype(config: Any) -> bool:
+    """Whether keys and values would be stored in another type than the model computes in."""
+    stored = config.cache_config.cache_dtype
+    if stored == "auto":  # a checkpoint may ask for a quantized cache as its layers are made
+        return getattr(config.quant_config, "kv_cache_scheme", None) is not None
+    return str(config.model_config.dtype) != f"torch.{stored}"
+
+
+def _own_classes(config: Any) -> bool:
+    """Whether a worker, scheduler or executor runs that express did not choose.
+
+    Subclasses of express's worker pass; so do its own names, when vLLM checks a configuration anew.
+    """
+    parallel, scheduler = config.parallel_config, config.scheduler_config.scheduler_cls
+    return (
+        not _is_express_worker(parallel.worker_cls)
+        or not (scheduler is None or str(scheduler).startswith(f"{OURS}scheduler."))
+        or parallel.distributed_executor_backend not in EXECUTORS
+    )
+
+
+def _is_express_worker(name: Any) -> bool:
+    if name == "auto" or str(name).startswith(f"{OURS}backend."):
+        return True
+    if not isinstance(name, str):  # a class that was pickled by `LLM(worker_cls=...)`
+        return False
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from express_vllm.backend.worker import BudgetsMixin
+
+    return issubclass(resolve_obj_by_qualname(name), BudgetsMixin)
 
 
 def _other_runner(config: Any) -> bool:
@@ -47,36 +80,59 @@ def _ray_past_workers(config: Any) -> bool:
     """Whether vLLM's older Ray executor runs, which is chosen by an environment variable alone."""
     from vllm import envs
 
-    backend = getattr(config.parallel_config, "distributed_executor_backend", None)
+    backend = config.parallel_config.distributed_executor_backend
     return backend == "ray" and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND
 
 
+def _batch_invariant(config: Any) -> bool:
+    from vllm import envs
+
+    return envs.VLLM_BATCH_INVARIANT
+
+
+def _restarts(config: Any) -> bool:
+    parallel = config.parallel_config
+    return (
+        config.model_config.enable_sleep_mode
+        or parallel.enable_elastic_ep
+        or parallel.enable_fault_tolerance
+    )
+
+
 def _parallel(name: str) -> Callable[[Any], bool]:
-    return lambda config: getattr(config.parallel_config, name, 1) > 1
+    return lambda config: getattr(config.parallel_config, name) > 1
 
 
 def _model(name: str) -> Callable[[Any], bool]:
-    return lambda config: bool(getattr(config.model_config, name, False))
+    return lambda config: bool(getattr(config.model_config, name))
 
+
+#: Where classes of this project come from, and vLLM's own executors.
+OURS = "express_vllm."
+EXECUTORS = (None, "mp", "uni", "ray", "external_launcher")
 
 CONFLICTS = (
     Conflict(
-        "prefix caching", _explicit_prefix_caching,
+        "prefix caching", _prefix_caching,
         "a thinned cache depends on the whole sequence, its blocks cannot be shared",
-        "drop --enable-prefix-caching (it is off by default with express)",
+        "drop --enable-prefix-caching, also from --config files and from LLM() (vLLM's default is "
+        "switched off by itself)",
     ),
     Conflict(
-        "quantized KV cache", _quantized_cache,
-        "halving and the kernels read 16- or 32-bit keys and values",
-        "drop --kv-cache-dtype or set it to auto",
+        "a KV cache of another type than the model's", _other_cache_dtype,
+        "halving and the kernels read keys and values as the model computes them, 16 or 32 bits",
+        "drop --kv-cache-dtype or give the model's own type, such as --kv-cache-dtype bfloat16: "
+        "that overrides a checkpoint that asks for a quantized cache, which auto follows",
     ),
     Conflict(
-        "KV connectors", lambda c: c.kv_transfer_config is not None,
-        "connectors move blocks by token position, a thinned cache has no such positions",
-        "drop --kv-transfer-config",
+        "KV connectors, encoder-cache transfer",
+        lambda c: c.kv_transfer_config is not None or c.ec_transfer_config is not None,
+        "connectors move blocks by token position, a thinned cache has no such positions; "
+        "encoder-cache transfer was not tried",
+        "drop --kv-transfer-config, --ec-transfer-config",
     ),
     Conflict(
-        "KV offloading", lambda c: bool(getattr(c.cache_config, "kv_offloading_size", None)),
+        "KV offloading", lambda c: bool(c.cache_config.kv_offloading_size),
         "offloading moves blocks by token position",
         "drop --kv-offloading-size",
     ),
@@ -96,9 +152,46 @@ CONFLICTS = (
         "drop --prefill-context-parallel-size",
     ),
     Conflict(
+        "dual-batch overlap", lambda c: bool(c.parallel_config.use_ubatching),
+        "it runs a batch in two halves, a step's plan is for all of it",
+        "drop --enable-dbo, --ubatch-size",
+    ),
+    Conflict(
         "Ray's older executor", _ray_past_workers,
         "it runs the model without the worker, which hands over the budgets",
         "unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND or set it to 1",
+    ),
+    Conflict(
+        "a worker, scheduler or executor class of your own", _own_classes,
+        "without express's own no request has a budget, and layers would write into other "
+        "requests' blocks",
+        "drop --worker-cls, --scheduler-cls and a class in --distributed-executor-backend",
+    ),
+    Conflict(
+        "attention backends by kind of layer", lambda c: bool(c.attention_config.backend_per_kind),
+        "a request's blocks are counted for layers that all run express",
+        "drop backend_per_kind from --attention-config",
+    ),
+    Conflict(
+        "KV-sharing fast prefill", lambda c: bool(c.cache_config.kv_sharing_fast_prefill),
+        "it leaves out tokens of a chunk that compactions count",
+        "drop --kv-sharing-fast-prefill",
+    ),
+    Conflict(
+        "routed experts in answers",
+        lambda c: bool(c.aux_output_config.enable_return_routed_experts),
+        "they are kept by prefix-cacheable block, express has none",
+        "drop --enable-return-routed-experts",
+    ),
+    Conflict(
+        "batch invariance", _batch_invariant,
+        "the kernels were not tried for it",
+        "unset VLLM_BATCH_INVARIANT",
+    ),
+    Conflict(
+        "sleep mode, elastic expert parallelism, fault tolerance", _restarts,
+        "they take memory or workers away from under a running engine, which was not tried",
+        "drop --enable-sleep-mode, --enable-elastic-ep, --enable-fault-tolerance",
     ),
     Conflict(
         "MLA models", _model("use_mla"),
@@ -112,13 +205,18 @@ CONFLICTS = (
     ),
     Conflict(
         "attention-free and hybrid state models",
-        lambda c: bool(getattr(c.model_config, "is_hybrid", False))
-        or bool(getattr(c.model_config, "is_attention_free", False)),
+        lambda c: bool(c.model_config.is_hybrid or c.model_config.is_attention_free),
         "their state is already bounded and shares the block pool in ways not built yet",
         "serve this model with another backend",
     ),
     Conflict(
-        "pooling models", lambda c: getattr(c.model_config, "runner_type", "") == "pooling",
+        "diffusion models",
+        lambda c: c.diffusion_config is not None or c.model_config.is_diffusion,
+        "they fill in tokens in any order, by a scheduler of their own",
+        "serve this model with another backend",
+    ),
+    Conflict(
+        "pooling models", lambda c: c.model_config.runner_type == "pooling",
         "they do not decode",
         "serve this model with another backend",
     ),
@@ -129,22 +227,31 @@ CONFLICTS = (
         "drop the feature that made vLLM choose the other one (its log names it)",
     ),
     Conflict(
-        "KV events", lambda c: bool(getattr(c.kv_events_config, "enable_kv_cache_events", False)),
+        "KV events",
+        lambda c: c.kv_events_config is not None and c.kv_events_config.enable_kv_cache_events,
         "block events describe prefix-cacheable blocks, express has none",
         "drop --kv-events-config",
     ),
 )  # fmt: skip
 
-#: What a model's attention layers may not have (checked by the backend as they are built).
+#: What a model's attention layers may not have (checked by the backend as they are built, and as
+#: they ask for their cache).  Whatever is active and neither known nor here is "not built".
 LAYER_CONFLICTS = {
     "sliding-window and chunked-local layers": "they are already bounded and not mixed in yet",
+    "prefix-LM and other layers that are not causal": "halving follows the order of the tokens",
     "attention sinks of the model": "a learned sink logit is not in the kernels",
-    "sparse attention layers": "they cache no keys and values per token",
+    "MLA and sparse attention layers": "they cache no keys and values per token",
     "multimodal prefix attention": "it is bidirectional over the prefix",
     "cross and encoder attention": "it is not causal self-attention",
     "ALiBi slopes": "they need every token's position, halving mixes them",
     "logits soft caps": "they are not in the kernels",
     "KV sharing between layers": "a layer's queries would score another layer's heavy hitters",
+    "values of another size than keys": "a slot holds a key and a value of one size",
+    "layers that a model runs on another backend": "a request's blocks are counted for layers that "
+    "all run express",
+    "a KV cache of another type than the model's": "give the model's own as --kv-cache-dtype",
+    "on GPUs, a head size that is no multiple of 8 or is above 256": "the Triton kernels read rows "
+    "in pieces of 16 bytes and hold a whole one; on CPUs every size works",
 }
 
 
@@ -163,9 +270,32 @@ def refuse_conflicts(vllm_config: VllmConfig) -> None:
     raise ConflictError("--attention-backend express cannot run with:\n" + "\n".join(lines))
 
 
+def refuse_unprepared(vllm_config: VllmConfig) -> None:
+    """Raise ConflictError if a layer got express though the server was not started with it."""
+    scheduler = vllm_config.scheduler_config.scheduler_cls
+    if not str(scheduler).startswith(f"{OURS}scheduler."):
+        raise ConflictError(
+            f"a layer is to run express under the scheduler {scheduler}, which knows no budgets: "
+            "choose it for the whole server, by --attention-backend express"
+        )
+
+
+def active(
+    values: Mapping[str, Any], defaults: Mapping[str, Any], names: Mapping[str, str]
+) -> Iterator[str]:
+    """What is on of `values`: those that differ from vLLM's `defaults`, by their name in
+    LAYER_CONFLICTS or, if they have none in `names`, by their own."""
+    for field, value in values.items():
+        plain = isinstance(value, int | float | str)  # others, such as tensors, have no truth
+        if not (value is None or value is False or (plain and value == defaults.get(field))):
+            yield names.get(field, f"{field}={value!r}")
+
+
 def refuse_layer(found: Iterable[str]) -> None:
     """Raise ConflictError if a layer of the model has any of the `found` LAYER_CONFLICTS."""
-    lines = [f"  - {name}: {LAYER_CONFLICTS.get(name, 'not built')}" for name in found]
+    lines = [
+        f"  - {name}: {LAYER_CONFLICTS.get(name, 'not built')}" for name in dict.fromkeys(found)
+    ]
     if lines:
         raise ConflictError(
             "--attention-backend express cannot run this model, which has:\n"

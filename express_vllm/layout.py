@@ -191,7 +191,8 @@ class Event(NamedTuple):
 
     Before it the cache holds `live_before` slots, of which [incoming_start, incoming_start +
     incoming) leave the recent tokens.  After it `levels[w]` entries have weight 2^w, `drawn` tokens
-    stand behind a single partial entry (0: none), and `live_after` slots are live.
+    stand behind a single partial entry (0: none), and `live_after` slots are live.  `before` and
+    `drawn_before` are levels and tokens of the partial entry before it.
     """
 
     number: int
@@ -203,6 +204,8 @@ class Event(NamedTuple):
     ops: tuple[Op, ...]
     levels: tuple[int, ...]
     drawn: int
+    before: tuple[int, ...]
+    drawn_before: int
 
 
 class Attended(NamedTuple):
@@ -291,7 +294,7 @@ class Layout:
         stored = start + before.stored
         return Event(
             index, self.position(index), stored, incoming, stored + incoming + window,
-            start + after.stored + window, ops, after.levels, after.drawn,
+            start + after.stored + window, ops, *after, *before,
         )  # fmt: skip
 
     def segments(self, tokens: int) -> list[Segment]:

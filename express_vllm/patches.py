@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
+
+from .conflicts import PREFIX_CACHING_ASKED
 
 #: Set on what was put in place of vLLM's own.
 PATCHED = "express_patched"
@@ -17,23 +20,47 @@ LONGEST_MESSAGE = 600
 BATCH_RUNNERS = ("vllm.entrypoints.launchers.run_batch", "__main__")
 
 
+def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Put `make(original)` in the place of a function, once."""
+    original = getattr(owner, name)
+    if not hasattr(original, PATCHED):
+        ours = functools.wraps(original)(make(original))
+        setattr(ours, PATCHED, True)
+        setattr(owner, name, ours)
+
+
+def keep_prefix_caching_asked() -> None:
+    """Have a ModelConfig know whether prefix caching was asked for: vLLM fills in its default
+    before any configuration that a platform sees."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make(original: Any) -> Any:
+        def set_defaults(self: Any, model_config: Any) -> None:
+            if self.enable_prefix_caching is None:
+                self.express_filled_in = True  # the next configuration of these arguments finds it
+            elif self.enable_prefix_caching and not hasattr(self, "express_filled_in"):
+                setattr(model_config, PREFIX_CACHING_ASKED, True)
+            original(self, model_config)
+
+        return set_defaults
+
+    _replace(EngineArgs, "_set_default_chunked_prefill_and_prefix_caching_args", make)
+
+
 def resolve_at_the_edge() -> None:
     """Have `edge.Edge.admit` called on every request that vLLM's input processor makes."""
     from vllm.v1.engine.input_processor import InputProcessor
 
-    original = InputProcessor.process_inputs
-    if hasattr(original, PATCHED):
-        return
+    def make(original: Any) -> Any:
+        def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+            request = original(self, *args, **kwargs)
+            if (edge := _edge_of(self)) is not None:
+                edge.admit(request)
+            return request
 
-    @functools.wraps(original)
-    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = original(self, *args, **kwargs)
-        if (edge := _edge_of(self)) is not None:
-            edge.admit(request)
-        return request
+        return process_inputs
 
-    setattr(process_inputs, PATCHED, True)
-    InputProcessor.process_inputs = process_inputs
+    _replace(InputProcessor, "process_inputs", make)
 
 
 def _edge_of(processor: Any) -> Any:
@@ -55,33 +82,27 @@ def cut_messages_before_cleaning() -> None:
     """
     from vllm.entrypoints.serve.exception_handling import utils
 
+    def make(original: Any) -> Any:
+        def sanitize_message(message: Any) -> str:
+            if isinstance(message, str) and len(message) > LONGEST_MESSAGE:
+                message = f"{message[:LONGEST_MESSAGE]}... ({len(message)} characters)"
+            return original(message)
+
+        return sanitize_message
+
     original = utils.sanitize_message
-    if hasattr(original, PATCHED):
-        return
-
-    @functools.wraps(original)
-    def sanitize_message(message: Any) -> str:
-        if isinstance(message, str) and len(message) > LONGEST_MESSAGE:
-            message = f"{message[:LONGEST_MESSAGE]}... ({len(message)} characters)"
-        return original(message)
-
-    setattr(sanitize_message, PATCHED, True)
+    _replace(utils, "sanitize_message", make)
     # Modules that are loaded hold the function by its name; others will take it from utils.
     for name, module in list(sys.modules.items()):
         if name.startswith("vllm.") and vars(module).get("sanitize_message") is original:
-            module.sanitize_message = sanitize_message  # type: ignore[attr-defined]
+            module.sanitize_message = utils.sanitize_message  # type: ignore[attr-defined]
 
 
 def budgets_in_batches() -> None:
     """Have every line of `vllm run-batch` go through `batch.answer`."""
+    from .server.batch import budgets_in
+
     for name in BATCH_RUNNERS:
         module = sys.modules.get(name)
-        original = getattr(module, "run_request", None)
-        if not hasattr(module, "BatchRequestInput") or original is None:
-            continue
-        if not hasattr(original, PATCHED):
-            from .server.batch import budgets_in
-
-            wrapped = functools.wraps(original)(budgets_in(original))
-            setattr(wrapped, PATCHED, True)
-            module.run_request = wrapped  # type: ignore[union-attr]
+        if hasattr(module, "BatchRequestInput") and hasattr(module, "run_request"):
+            _replace(module, "run_request", budgets_in)

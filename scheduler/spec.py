@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import AttentionSpec, replace_as
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    replace_as,
+)
 
+from express_vllm.conflicts import active, refuse_layer
 from express_vllm.platforms.common import server_config
 
 if TYPE_CHECKING:
@@ -28,9 +35,11 @@ class ExpressSpec(AttentionSpec):
         return replace_as(self, ExpressSpec, factor=factor, num_kv_heads=self.num_kv_heads * factor)
 
     @classmethod
-    def of(cls, spec: AttentionSpec) -> ExpressSpec:
-        if isinstance(spec, cls):  # vLLM asks once for the layer and once for the runner
+    def of(cls, spec: KVCacheSpec) -> ExpressSpec:
+        """The spec of a plain causal layer.  Raises ConflictError for every other."""
+        if type(spec) is cls:  # vLLM asks once for the layer and once for the runner
             return spec
+        refuse_layer(_found(spec))
         return replace_as(spec, cls, drop={"sliding_window", "attention_chunk_size", "non_causal"})
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
@@ -45,3 +54,43 @@ class ExpressSpec(AttentionSpec):
     @property
     def uses_slot_mapping(self) -> bool:
         return False
+
+
+#: What plain layers may differ in.
+_FREE = {
+    "block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "dcp_sharded",
+    "max_tp_shards",
+}  # fmt: skip
+_FIELDS = {
+    "sliding_window": "sliding-window and chunked-local layers",
+    "attention_chunk_size": "sliding-window and chunked-local layers",
+    "non_causal": "prefix-LM and other layers that are not causal",
+    "kv_quant_mode": "a KV cache of another type than the model's",
+}
+_CLASSES = {
+    "ChunkedLocalAttentionSpec": "sliding-window and chunked-local layers",
+    "SlidingWindowSpec": "sliding-window and chunked-local layers",
+    "RSWASpec": "sliding-window and chunked-local layers",
+    "SinkFullAttentionSpec": "attention sinks of the model",
+    "MLAAttentionSpec": "MLA and sparse attention layers",
+    "SlidingWindowMLASpec": "MLA and sparse attention layers",
+    "EncoderOnlyAttentionSpec": "cross and encoder attention",
+    "CrossAttentionSpec": "cross and encoder attention",
+}
+
+
+def _found(spec: KVCacheSpec) -> Iterator[str]:
+    if type(spec) is not FullAttentionSpec:
+        name = type(spec).__name__
+        yield _CLASSES.get(name, f"a KV cache of class {name}")
+        return
+    values = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in _FREE}
+    yield from active(values, {f.name: f.default for f in fields(spec)}, _FIELDS)
+    if spec.head_size_v != spec.head_size:
+        yield "values of another size than keys"
+
+
+def require_express(specs: Mapping[str, KVCacheSpec]) -> None:
+    """Raises ConflictError if a layer, of `specs` by name, keeps its cache by other rules."""
+    others = {type(s).__name__ for s in specs.values() if type(s) is not ExpressSpec}
+    refuse_layer(["layers that a model runs on another backend"] if others else [])

@@ -24,12 +24,13 @@ from triton.compiler import ASTSource
 
 from express_vllm.backend.kernels import compaction, constants, pages, prefill, selection
 from express_vllm.backend.kernels.constants import Launch, Model
+from express_vllm.backend.kernels.events import Kind
 from express_vllm.layout import Shape, make_shape
 
 FP32 = {"bias", "score", "peak", "total", "scratch", "shared", "scale", "root", "scale2"}
 INT32 = {
-    "headers", "rounds", "ops", "ids", "table", "lists", "virtual", "counters", "progress",
-    "instances", "items",
+    "events", "rounds", "ops", "ids", "table", "lists", "virtual", "counters", "progress",
+    "items",
 }  # fmt: skip
 INT64 = {"requests", "layer_offsets", "layer_ids"}
 FLOATS = {"scale", "root", "scale2"}
@@ -71,9 +72,9 @@ def variants(wanted: list[str]) -> dict[tuple, tuple[Any, str, Launch]]:
     for dtype, model in models():
         if wanted != ["all"] and f"{dtype}:{model.size}" not in wanted:
             continue
-        for shape in shapes():
+        for kind in {Kind.of(shape): None for shape in shapes()}:
             for paged in (False, True):
-                add(compaction.compact_kernel, dtype, constants.compaction(shape, model, paged))
+                add(compaction.compact_kernel, dtype, constants.compaction(kind, model, paged))
         for paged in (False, True):
             add(selection.score_recent_kernel, dtype, constants.recent_scores(model, paged))
         add(prefill.prefill_kernel, dtype, constants.prefill(model))

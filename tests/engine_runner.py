@@ -65,7 +65,8 @@ class Engine:
             self.scheduler.max_num_scheduled_tokens = max_batched_tokens
         params = [
             SamplingParams(
-                temperature=0,
+                temperature=r.get("temperature", 0),
+                seed=r.get("seed"),
                 max_tokens=r["max_tokens"],
                 ignore_eos=r.get("ignore_eos", True),
                 extra_args=r.get("extra_args"),

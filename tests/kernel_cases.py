@@ -8,11 +8,13 @@ import triton
 import triton.language as tl
 
 from express_vllm import rng
-from express_vllm.backend.kernels import decode, reference, step
+from express_vllm.backend.kernels import decode, reference, scratch, step
+from express_vllm.backend.kernels.constants import QUERY_ROWS, Model
+from express_vllm.backend.kernels.memory import Memory, Workspace
 from express_vllm.backend.kernels.rows import event_key, mix
 from express_vllm.backend.kernels.selection import choose_heavy, weigh
-from express_vllm.backend.kernels.step import Chunk, StepPlan, Tuning
-from express_vllm.layout import RING_ROWS, Layout, make_shape
+from express_vllm.backend.kernels.step import Chunk, Span, StepPlan, Tuning
+from express_vllm.layout import EXACT_SHAPE, RING_ROWS, Layout, make_shape
 from express_vllm.reference.cache import ExpressCache
 
 torch.set_num_threads(1)  # small tensors, often several processes
@@ -43,10 +45,10 @@ class Runner:
         for r, count in enumerate(counts):
             if count:
                 start = self.stored[r]
-                chunks.append(Chunk(start, start + count, token, r, SEED + r))
+                chunks.append(Chunk(self.layout, start, start + count, token, r, SEED + r))
                 self.stored[r] += count
             token += count
-        plan = StepPlan.make(self.layout, chunks, self.group, DEVICE)
+        plan = StepPlan.make(chunks, self.group, DEVICE)
         output = torch.full_like(batch[0], torch.nan)
         step.run_chunks(plan, *batch, self.cache, self.table, LAYER, FIRST_HEAD, self.scale, output)
         return output
@@ -54,12 +56,12 @@ class Runner:
     def decode(self, batch):
         """One further token of every request."""
         due = [
-            Chunk(n, n + 1, 0, r, SEED + r)
+            Chunk(self.layout, n, n + 1, 0, r, SEED + r)
             for r, n in enumerate(self.stored)
             if self.layout.events(n, n + 1)
         ]
         if due:
-            plan = StepPlan.make(self.layout, due, self.group, DEVICE, compacting=True)
+            plan = StepPlan.make(due, self.group, DEVICE, compacting=True)
             step.compact_pages(
                 plan, self.cache, self.zero, self.zero + LAYER, self.table, FIRST_HEAD,
                 self.scale, self.group,
@@ -215,6 +217,8 @@ def test_the_heaviest_candidates_stay_and_ties_keep_the_first(heavy, incoming, s
         ({}, 128, 64, 2, [63, 65, 111, *[1] * 9]),
         ({"exponent": 0.5}, 128, 64, 2, [200, *[1] * 35]),
         ({"schedule": "paper"}, 128, 64, 1, [64, 137, *[1] * 35]),
+        ({}, 128, 120, 1, [113, 31, 1]),
+        ({}, 128, 72, 2, [113, 31, 1]),
     ],
 )
 def test_a_request_equals_the_oracle(options, slots, size, group, counts):
@@ -269,6 +273,8 @@ def test_any_chunking_and_batch_keep_the_identical_cache():
         (96, 3, 32, torch.float32),
         (128, 4, 64, torch.float16),
         (256, 8, 128, torch.float16),
+        (120, 2, 16, torch.float32),
+        (72, 3, 32, torch.float16),
     ],
 )
 def test_decode_equals_the_reference(size, group, block_size, dtype):
@@ -312,7 +318,7 @@ def test_decode_equals_the_reference(size, group, block_size, dtype):
 @pytest.mark.parametrize(
     ("size", "group", "dtype"),
     [(64, 1, torch.float32), (96, 3, torch.float16), (128, 4, torch.float32),
-     (256, 2, torch.float16)],
+     (256, 2, torch.float16), (120, 2, torch.float32), (72, 2, torch.float16)],
 )  # fmt: skip
 def test_exact_prefill_equals_the_reference(size, group, dtype):
     """Odd lengths in one plan, then a further chunk of one request over its pages."""
@@ -337,8 +343,9 @@ def test_decode_steps_compact_every_layer_alike():
     layers, heads, group, size = 2, 1, 2, 64
     pages = torch.randn(layers, 20, heads, 16, 2 * size).to(DEVICE)
     table = torch.randperm(20)[:16].view(2, 8).int().to(DEVICE)
-    chunks = [Chunk(event.position, event.position + 1, 0, r, SEED + r) for r in range(2)]
-    plan = StepPlan.make(layout, chunks, group, DEVICE, compacting=True)
+    at = event.position
+    chunks = [Chunk(layout, at, at + 1, 0, r, SEED + r) for r in range(2)]
+    plan = StepPlan.make(chunks, group, DEVICE, compacting=True)
     alone = pages.clone()
     zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     for layer in range(layers):
@@ -356,18 +363,118 @@ def test_first_and_later_events_of_a_batch_decide_as_alone():
     pages = torch.randn(20, 1, 16, 2 * size).to(DEVICE)
     table = torch.randperm(20)[:16].view(2, 8).int().to(DEVICE)
     positions = [layout.event(0).position, layout.event(3).position]
-    chunks = [Chunk(n, n + 1, 0, r, SEED + r) for r, n in enumerate(positions)]
+    chunks = [Chunk(layout, n, n + 1, 0, r, SEED + r) for r, n in enumerate(positions)]
     alone = pages.clone()
     zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
 
     def run(cache, some):
-        plan = StepPlan.make(layout, some, group, DEVICE, compacting=True)
+        plan = StepPlan.make(some, group, DEVICE, compacting=True)
         step.compact_pages(plan, cache, zero, zero, table, FIRST_HEAD, 0.125, group)
 
     for chunk in chunks:
         run(alone, [chunk])
     run(pages, chunks)
     assert torch.equal(pages, alone)
+
+
+def mixed():
+    """Two layouts of one kind and different sizes, and one of a request that keeps every token."""
+    shapes = make_shape(128), make_shape(144, profile="even"), EXACT_SHAPE
+    return [Layout(shape) for shape in shapes]
+
+
+class Batch:
+    """Requests of different layouts over pages of one pool; every slot's page is poisoned."""
+
+    def __init__(self, layouts, group, size, slots, dtype=torch.float32):
+        self.layouts, self.group, self.size = layouts, group, size
+        blocks = -(-slots // 16)
+        pages = len(layouts) * blocks
+        self.cache = torch.full((pages, 1, 16, 2 * size), torch.nan, dtype=dtype, device=DEVICE)
+        order = torch.randperm(pages, generator=torch.Generator().manual_seed(1))
+        self.table = order.view(len(layouts), blocks).int().to(DEVICE)
+
+    def chunks(self, starts, stops):
+        found, at = [], 0
+        for r, (layout, start, stop) in enumerate(zip(self.layouts, starts, stops, strict=True)):
+            found.append(Chunk(layout, start, stop, at, r, SEED + r))
+            at += stop - start
+        return found
+
+    def run(self, plans, batch, output):
+        for plan in plans:
+            step.run_chunks(
+                plan, *batch, self.cache, self.table, LAYER, FIRST_HEAD, 0.125, output
+            )  # fmt: skip
+
+    def compact(self, plans):
+        zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        for plan in plans:
+            step.compact_pages(
+                plan, self.cache, zero, zero + LAYER, self.table, FIRST_HEAD, 0.125, self.group
+            )  # fmt: skip
+
+
+def test_requests_of_different_budgets_share_launches_and_decide_as_alone():
+    """A chunk, then a decode's event each, in one plan: the same bits as in plans of their own."""
+    layouts, group, size = mixed(), 2, 32
+    stops = [layouts[0].event(1).position, layouts[1].event(0).position, 20]
+    data = tokens(sum(stops), 1, group, size, torch.float32)
+    found = []
+    for alone in (True, False):
+        batch, output = Batch(layouts, group, size, 160), torch.full_like(data[0], torch.nan)
+        chunked = batch.chunks([0] * 3, stops)
+        plans = [StepPlan.make(some, group, DEVICE) for some in parted(chunked, alone)]
+        batch.run(plans, data, output)
+        due = decoding(layouts, stops)
+        batch.compact(
+            [StepPlan.make(c, group, DEVICE, compacting=True) for c in parted(due, alone)]
+        )
+        found.append((output, batch.cache.nan_to_num(7.0)))
+    assert found[0][0].isfinite().all()
+    for apart, together in zip(*found, strict=True):
+        assert torch.equal(apart, together)
+
+
+def parted(chunked, alone):
+    return [[c] for c in chunked] if alone else [chunked]
+
+
+def decoding(layouts, counts):
+    """The event that is due at each request's next token."""
+    pairs = enumerate(zip(layouts, counts, strict=True))
+    return [
+        Chunk(x, n, n + 1, 0, r, SEED + r) for r, (x, n) in pairs if x.events(n, n + 1)
+    ]  # fmt: skip
+
+
+def test_plans_that_are_cut_to_their_scratch_leave_the_same_bits():
+    """By requests and by tokens, across first and later events; then decodes' events in scratch
+    that holds few programs.  Nothing takes more than its workspace."""
+    layouts, group, size = mixed(), 2, 32
+    side = scratch.Side(Model(size, group, 4, 16), 1, DEVICE)
+    stops = [layouts[0].event(1).position, layouts[1].event(0).position, 20]
+    data = tokens(sum(stops), 1, group, size, torch.float32, seed=3)
+    found = []
+    for limit, decode_limit in ((1 << 30, 1 << 30), (65_000, 200_000)):
+        batch, output = Batch(layouts, group, size, 160), torch.full_like(data[0], torch.nan)
+        spans = map(Span.of, batch.chunks([0] * 3, stops))
+        workspace = Workspace(limit, DEVICE)
+        plans = [StepPlan.of(some, DEVICE, QUERY_ROWS // group, Memory(DEVICE, workspace))
+                 for some in scratch.cut(spans, scratch.chunks_fit(side, limit))]  # fmt: skip
+        batch.run(plans, data, output)
+        for plan in plans:
+            taken = scratch.chunk_bytes(plan.extent, plan.kind, side)
+            assert plan.memory.used <= taken <= limit
+        due = [Span.of(chunk, compacting=True) for chunk in decoding(layouts, stops)]
+        (due,) = scratch.cut(due, scratch.decodes_fit(side, decode_limit))
+        workspace = Workspace(decode_limit, DEVICE)
+        batch.compact([StepPlan.of(due, DEVICE, 0, Memory(DEVICE, workspace))])
+        found.append((len(plans), output, batch.cache.nan_to_num(7.0)))
+    whole, parts = found
+    assert whole[0] == 1 and parts[0] > len(layouts), "a request was cut"
+    assert whole[1].isfinite().all()
+    assert torch.equal(whole[1], parts[1]) and torch.equal(whole[2], parts[2])
 
 
 gpu = pytest.mark.gpu
@@ -378,6 +485,8 @@ gpu = pytest.mark.gpu
     ("size", "group", "block_size", "dtype", "options"),
     [
         (64, 4, 16, torch.float16, {}),
+        (120, 4, 16, torch.bfloat16, {}),
+        (72, 2, 32, torch.float16, {}),
         (96, 3, 32, torch.bfloat16, {}),
         (256, 2, 64, torch.float16, {}),
         (128, 4, 128, torch.bfloat16, {"interval": 128}),
@@ -411,11 +520,11 @@ def test_overlapped_attention_equals_serial():
         for starts, stops, rows in (((0, 0), (3000, 1), 3001), ((3000, 1), (5111, 2048), 4158)):
             chunks, at = [], 0
             for r in range(2):
-                chunks.append(Chunk(starts[r], stops[r], at, r, SEED + r))
+                chunks.append(Chunk(layout, starts[r], stops[r], at, r, SEED + r))
                 at += stops[r] - starts[r]
             part = [x[:rows] for x in batch]
             output = torch.full_like(part[0], torch.nan)
-            plan = StepPlan.make(layout, chunks, group, DEVICE)
+            plan = StepPlan.make(chunks, group, DEVICE)
             step.run_chunks(
                 plan, *part, runner.cache, runner.table, LAYER, FIRST_HEAD, runner.scale, output,
                 side=stream,
@@ -497,7 +606,7 @@ def test_teams_decide_alike():
     layout, heads, group, size, total = Layout(make_shape(1024)), 8, 4, 128, 6000
     batch = tokens(total, heads, group, size, torch.bfloat16)
     runner = Runner(layout, torch.bfloat16, size, heads=heads, group=group)
-    plan = StepPlan.make(layout, [Chunk(0, total, 0, 0, SEED)], group, DEVICE)
+    plan = StepPlan.make([Chunk(layout, 0, total, 0, 0, SEED)], group, DEVICE)
     source = step.chunk_source(plan, *batch[1:], runner.cache, runner.table)
     scores = step.score_recent(plan, batch[0], runner.cache, source, 1, runner.scale, group)
     model = step.model_of(runner.cache, group)
@@ -507,7 +616,9 @@ def test_teams_decide_alike():
         )[0].clone()
         for team in (1, 2, 4, 8)
     ]
-    for k in range(plan.events):
+    width = plan.extent.width
+    for k in range(plan.extent.events):
         stored = layout.event(k).live_after - layout.shape.window
-        first, *others = (x[0, k + 1, :, :stored] for x in lists)
+        rows = (x.view(-1, heads, width) for x in lists)
+        first, *others = (x[k + 1, :, :stored] for x in rows)
         assert all(torch.equal(first, other) for other in others), f"event {k}"

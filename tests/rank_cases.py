@@ -32,12 +32,12 @@ def pages(batch, heads, first_head, device, *, slots=128, events=3):
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     output = torch.empty_like(query)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        chunk = StepPlan.make(layout, [Chunk(0, count, seed=SEED)], GROUP, device)
+        chunk = StepPlan.make([Chunk(layout, 0, count, seed=SEED)], GROUP, device)
         step.run_chunks(
             chunk, query, key, value, cache, table, LAYER, first_head, scale, output
         )  # fmt: skip
         decode = StepPlan.make(
-            layout, [Chunk(count, count + 1, seed=SEED)], GROUP, device, compacting=True
+            [Chunk(layout, count, count + 1, seed=SEED)], GROUP, device, compacting=True
         )
         step.compact_pages(
             decode, cache, zero, zero + LAYER, table, first_head, scale, GROUP

@@ -98,6 +98,8 @@ def chunks(total, size):
         (64, torch.float32, {}),
         (64, torch.float32, {"exponent": 0.5}),
         (96, torch.bfloat16, {}),
+        (33, torch.float32, {}),
+        (120, torch.bfloat16, {}),
         (128, torch.float16, {}),
         (256, torch.float32, {"schedule": "paper"}),
     ],

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.server
 BLOCK = 32
 POOL = 48  # blocks: two budgets of 512 fit, nine requests that grow from 4 to 6 blocks do not
 GROWING = 9
+SEEDS = ({"seed": 5}, {"seed": 6}, {})
 #: vLLM's own backend that computes in float32, and a pool that makes it preempt.
 OWN = "TRITON_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
 OWN_POOL = 49
@@ -105,6 +106,7 @@ def workload(tokens, prompts):
         request(tokens[i * 300 : i * 300 + 100 + 60 * i], 24 + i, memory_tokens=192 + 32 * i)
         for i in range(8)
     ]
+    sampled = [request(tokens[i * 500 : i * 500 + 600], 12) for i in range(3)]
     growing = [
         request(tokens[i * 700 : i * 700 + 100], 100, memory_tokens=192) for i in range(GROWING)
     ]
@@ -115,6 +117,10 @@ def workload(tokens, prompts):
         "short_exact": [request(p, 24, mode="exact") for p in prompts],
         "seeded": seeded,
         "mixed": [seeded, *others],
+        # The last one has no seed of its own.
+        "sampled": [
+            {**r, "temperature": 1.0} | seed for r, seed in zip(sampled, SEEDS, strict=True)
+        ],
         "growing": growing,
         "aborted": aborted,
     }
@@ -131,6 +137,8 @@ def express(tmp_path_factory, workload):
         "again": ("generate", {"requests": [w["seeded"]]}),
         "batch": ("generate", {"requests": w["mixed"]}),
         "chunks": ("generate", {"requests": [w["seeded"]], "max_batched_tokens": 256}),
+        "sampled": ("generate", {"requests": w["sampled"], "max_batched_tokens": 2048}),
+        "sampled_chunks": ("generate", {"requests": w["sampled"], "max_batched_tokens": 256}),
         # 400-token prompts in chunks of 256: step 1 is mid-prefill, the others mid-decode.
         "aborts": ("aborts", {"requests": w["aborted"], "steps": [1, 2, 3, 4, 6] * 10}),
         "preempted": ("generate", {"requests": w["growing"], "max_batched_tokens": 2048}),
@@ -219,6 +227,13 @@ def test_batch_and_chunk_do_not_change_a_request(express, own, change):
     ours = express["alone"]["tokens"][0] == express[change]["tokens"][0]
     theirs = own["alone"]["tokens"][0] == own[change]["tokens"][0]
     assert ours or not theirs
+
+
+def test_a_seed_samples_the_same_tokens_whatever_the_chunks(express):
+    """On CPUs vLLM's own way ends the engine: «CPU Generator does not use offset»."""
+    whole, chunks = express["sampled"]["tokens"], express["sampled_chunks"]["tokens"]
+    assert whole[:2] == chunks[:2]
+    assert whole[0] != whole[1] and len(set(whole[0])) > 1
 
 
 def test_preemption_does_not_change_a_request(express, own):

@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionM
 from express_vllm.budget import Budget
 from express_vllm.layout import RING_ROWS, Event, Layout
 
-from ..step import current_step
+from ..step import current_step, plain_batch
 from .decode import DecodeBatch
 
 
@@ -142,6 +142,7 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
         fast_build: bool = False,
     ) -> ExpressMetadata:
         common = common_attn_metadata
+        plain_batch(common_prefix_len, common)
         return plan_batch(
             current_step().batch(common),
             common.query_start_loc_cpu.tolist(),

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.utils.torch_utils import async_tensor_h2d
 
 from express_vllm.layout import EXACT_SHAPE, RING_ROWS, Layout, layout_for
 
 from ..kernels.decode import MAX_SEGMENTS, ring_word, segment_steps
-from ..kernels.step import Chunk
+from ..kernels.plan import Chunk, upload
 
 if TYPE_CHECKING:
     from express_vllm.budget import Budget
@@ -68,6 +67,7 @@ class DecodeRows:
         self._wide = wide
         self._device_words = torch.zeros(words_of(requests), dtype=torch.int32, device=device)
         self._names: list[str | None] = [None] * requests
+        self._budgets: list[Budget | None] = [None] * requests
         # Valid for positions [event, until): live slots = position + shift.
         self._event, self._until, self._shift, self._ring_from, self._ring_slot = np.zeros(
             (5, requests), np.int64
@@ -81,22 +81,21 @@ class DecodeRows:
         names: Sequence[str],
         budgets: Sequence[Budget | None],
         positions: np.ndarray,
-    ) -> list[tuple[Layout, Chunk]]:
+    ) -> list[Chunk]:
         """Renew the rows of requests `index` whose next token is at `positions`.
 
-        -> what must be compacted before it: layouts and chunks that name the batch row.
+        -> what must be compacted before it: chunks that name the batch row.
         """
         outside = (positions < self._event[index]) | (positions >= self._until[index])
         for r, i in enumerate(index.tolist()):
-            if outside[r] or self._names[i] != names[r]:
-                self._names[i] = names[r]
+            if outside[r] or self._names[i] != names[r] or not same(self._budgets[i], budgets[r]):
+                self._names[i], self._budgets[i] = names[r], budgets[r]
                 self._renew(i, layout_of(budgets[r], self._wide), int(positions[r]))
         due = []
         for r in np.flatnonzero(positions == self._event[index]).tolist():
             budget, position = budgets[r], int(positions[r])
             if budget is not None and (layout := budget.layout_in(self._wide)) is not None:
-                chunk = Chunk(position, position + 1, row=r, seed=budget.seed)
-                due.append((layout, chunk))
+                due.append(Chunk(layout, position, position + 1, row=r, seed=budget.seed))
         return due
 
     def _renew(self, i: int, layout: Layout, position: int) -> None:
@@ -124,13 +123,18 @@ class DecodeRows:
         here.starts.numpy()[:real] = self._starts[index]
         here.steps.numpy()[:real] = self._steps[index]
         device_words = self._device_words[: len(words)]
-        async_tensor_h2d(words, out=device_words)
+        upload(words, device_words)
         return DecodeTables.of(device_words, count)
 
     def idle(self, count: int) -> DecodeTables:
         """Rows of a dummy batch: no live slots, so that kernels do nothing."""
         device_words = self._device_words[: words_of(count)]
         return DecodeTables.of(device_words.zero_(), count)
+
+
+def same(one: Budget | None, other: Budget | None) -> bool:
+    """Whether budgets are equal; mostly they are one object, and comparing fields takes long."""
+    return one is other or one == other
 
 
 def layout_of(budget: Budget | None, wide: bool) -> Layout:

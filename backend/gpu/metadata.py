@@ -9,8 +9,7 @@ Nothing waits for the device.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,30 +23,31 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from express_vllm.layout import Layout, Shape, layout_for
-
-from ..kernels.step import Chunk, StepPlan, compact_pages
+from ..kernels.constants import QUERY_ROWS
+from ..kernels.memory import Memory
+from ..kernels.plan import Chunk, Extent, Kind, Span, StepPlan
+from ..kernels.scratch import Side, chunks_fit, cut, decodes_fit
+from ..kernels.step import compact_pages, model_of
 from ..pages import slot_pages
-from ..step import current_step
+from ..step import current_step, plain_batch
 from .decodes import DecodeRows, DecodeTables, layout_of
+from .memory import EngineMemory
 from .timer import CompactionTimer
 
 if TYPE_CHECKING:
     from express_vllm.budget import Budget
-
-#: Slots (of all layers, requests and KV heads) of one compaction launch: bounds its scratch memory.
-COMPACTION_SLOTS = 4096 * 2048
 
 
 @dataclass
 class ExpressMetadata:
     """The step's plan: decodes are batch rows [0, decodes.count).
 
-    `chunks` holds plans of requests with one cache shape and of like size.
+    `chunks` holds plans that run in this order, each within the engine's scratch memory.
     """
 
     table: Tensor  # int32 [R, blocks]
     decodes: DecodeTables | None
+    timer: CompactionTimer
     chunks: list[StepPlan] = field(default_factory=list)
 
     @property
@@ -80,16 +80,20 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
         fast_build: bool = False,
     ) -> ExpressMetadata:
         common = common_attn_metadata
+        plain_batch(common_prefix_len, common)
         table = common.block_table_tensor
         step = current_step()
         names = step.request_ids(common)
         if not names:
             single = common.max_query_len == 1
-            return ExpressMetadata(table, self._rows.idle(common.num_reqs) if single else None)
+            return ExpressMetadata(
+                table, self._rows.idle(common.num_reqs) if single else None, self._timer
+            )
+        self.layers.memory.begin()
         counts = np.diff(common.query_start_loc_cpu.numpy())[: len(names)]
         stops = common.seq_lens_cpu_upper_bound.numpy()[: len(names)]
         decodes = int(np.argmax(counts != 1)) if (counts != 1).any() else len(names)
-        budgets = [step.budgets.get(name) for name in names]
+        budgets = step.of(names)
         due = self._rows.update(
             common.req_idx[:decodes], names[:decodes], budgets[:decodes], stops[:decodes] - 1
         )
@@ -103,38 +107,41 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
             self._rows.tables(common.req_idx[:decodes], stops[:decodes], padded)
             if padded
             else None,
+            self._timer,
             self._chunks(budgets, common.query_start_loc_cpu.tolist(), stops.tolist(), decodes),
         )
 
-    def _compact(self, due: Iterable[tuple[Layout, Chunk]], table: Tensor) -> None:
+    def _compact(self, due: Iterable[Chunk], table: Tensor) -> None:
         layers = self.layers
-        for layout, chunks in by_shape(due):
-            slots = layout.shape.slots * layers.count * layers.kv_heads
-            limit = max(1, COMPACTION_SLOTS // slots)
-            for first in range(0, len(chunks), limit):
-                plan = StepPlan.make(
-                    layout, chunks[first : first + limit], layers.group, self.device,
-                    compacting=True,
-                )  # fmt: skip
-                compact_pages(
-                    plan, layers.cache, layers.offsets, layers.ids, table, layers.first_kv_head,
-                    layers.scale, layers.group,
-                )  # fmt: skip
+        spans = [Span.of(chunk, compacting=True) for chunk in due]
+        for plan in self._plans(spans, decodes_fit(layers.side, layers.memory.limit), 0):
+            compact_pages(
+                plan, layers.cache, layers.offsets, layers.ids, table, layers.first_kv_head,
+                layers.scale, layers.group,
+            )  # fmt: skip
 
     def _chunks(
         self, budgets: Sequence[Budget | None], firsts: list[int], stops: list[int], decodes: int
     ) -> list[StepPlan]:
-        found = []
+        spans = []
         for r in range(decodes, len(budgets)):
-            budget = budgets[r]
-            count = firsts[r + 1] - firsts[r]
-            seed = budget.seed if budget else 0
-            chunk = Chunk(stops[r] - count, stops[r], firsts[r], r, seed)
-            found.append((layout_of(budget, self.wide), chunk))
+            budget, count = budgets[r], firsts[r + 1] - firsts[r]
+            layout, seed = layout_of(budget, self.wide), budget.seed if budget else 0
+            spans.append(Span.of(Chunk(layout, stops[r] - count, stops[r], firsts[r], r, seed)))
+        if not spans:
+            return []
+        layers = self.layers
+        return self._plans(
+            spans, chunks_fit(layers.side, layers.memory.limit), QUERY_ROWS // layers.group
+        )
+
+    def _plans(
+        self, spans: Sequence[Span], fits: Callable[[Extent, Kind | None], bool], tile: int
+    ) -> list[StepPlan]:
+        workspace = self.layers.memory.workspace
         return [
-            StepPlan.make(layout, some, self.layers.group, self.device)
-            for layout, chunks in by_shape(found)
-            for some in of_like_size(layout, chunks)
+            StepPlan.of(some, self.device, tile, Memory(self.device, workspace))
+            for some in cut(spans, fits)
         ]
 
 
@@ -150,6 +157,11 @@ class LayerGroup:
     group: int
     first_kv_head: int
     scale: float
+    memory: EngineMemory
+
+    @property
+    def side(self) -> Side:
+        return Side(model_of(self.cache, self.group), self.kv_heads, self.cache.device)
 
     @classmethod
     def of(cls, layers: Sequence[Any]) -> LayerGroup:
@@ -164,28 +176,5 @@ class LayerGroup:
             cache, torch.tensor(offsets, dtype=torch.int64).to(cache.device),
             torch.tensor(ids, dtype=torch.int64).to(cache.device), len(layers), impl.num_kv_heads,
             impl.num_heads // impl.num_kv_heads, impl.first_kv_head, impl.scale,
+            impl._device.memory,
         )  # fmt: skip
-
-
-def by_shape(found: Iterable[tuple[Layout, Chunk]]) -> list[tuple[Layout, list[Chunk]]]:
-    """Chunks of the same cache shape together: a plan has one."""
-    groups: dict[Shape, list[Chunk]] = defaultdict(list)
-    for layout, chunk in found:
-        groups[layout.shape].append(chunk)
-    return [(layout_for(shape), chunks) for shape, chunks in groups.items()]
-
-
-def of_like_size(layout: Layout, chunks: Sequence[Chunk]) -> list[list[Chunk]]:
-    """Split chunks so that the longest of a list is at most twice its shortest.
-
-    A plan's requests share scratch pages of the longest one's size.
-    """
-    sized = sorted((layout.live(c.start) + c.stop - c.start, i) for i, c in enumerate(chunks))
-    lists: list[list[Chunk]] = []
-    limit = 0
-    for size, i in sized:
-        if size > limit:
-            lists.append([])
-            limit = 2 * size
-        lists[-1].append(chunks[i])
-    return lists

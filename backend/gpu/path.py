@@ -52,16 +52,8 @@ class GpuPath:
         for chunk in plan.chunks:
             run_chunks(
                 chunk, query, key, value, kv_cache, plan.table, self.layer, self.first_kv_head,
-                self.scale, output, side=self.side,
+                self.scale, output, side=self.side, timed=plan.timer.span,
             )  # fmt: skip
-
-
-@functools.cache
-def decode_scratch(
-    most: int, heads: int, size: int, slots: int, device: torch.device
-) -> DecodeScratch:
-    """Shared by all layers: they run one after the other."""
-    return DecodeScratch(most, heads, size, slots, device)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from express_vllm.layout import layout_for
+from express_vllm.layout import EXACT_SHAPE, Shape, layout_for
 from express_vllm.platforms.common import server_config
 
 from ..kernels import step
@@ -17,25 +17,42 @@ from .metadata import LayerGroup
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from express_vllm.budget import ServerConfig
+
 logger = logging.getLogger("vllm.express")
+
+#: Slots of the made-up request: what is compiled does not depend on them, memory does.
+SLOTS = 2048
 
 
 def warm_up(vllm_config: VllmConfig, device: torch.device) -> None:
-    """Run a made-up request of the default budget on pages of its own, ordinary and wide ones."""
+    """Run a made-up request of the server's kind of budgets on pages of its own, ordinary and wide
+    ones."""
     context = vllm_config.compilation_config.static_forward_context
     found = [x for x in context.values() if hasattr(getattr(x, "impl", None), "first_kv_head")]
     if not found:
         return
     start = time.monotonic()
     config = server_config(vllm_config)
-    cap = config.memory_cap(vllm_config.model_config.max_model_len)
-    shape = config.shape(min(config.memory_tokens, cap), config.profile)
+    shape = made_up(config, config.memory_cap(vllm_config.model_config.max_model_len))
+    count = 64 if shape is EXACT_SHAPE else shape.first_event + shape.interval
     for layer in {x.kv_cache.shape: x for x in found}.values():
         layers = LayerGroup.of([layer])
         _, kv_heads, block_size, width = layers.cache.shape
         step.warm_up(
-            layout_for(shape), kv_heads, layers.group, width // 2, layers.cache.dtype, block_size,
-            device,
+            layout_for(shape), count, kv_heads, layers.group, width // 2, layers.cache.dtype,
+            block_size, device,
         )  # fmt: skip
     torch.accelerator.synchronize()
     logger.info("express: GPU kernels ready after %.1f s", time.monotonic() - start)
+
+
+def made_up(config: ServerConfig, cap: int) -> Shape:
+    """A small budget of the kind that the server serves; without one, when models are so short that
+    nothing is ever compacted, the shape of requests that keep every token."""
+    for slots in (SLOTS, config.memory_tokens):
+        try:
+            return config.shape(min(slots, config.memory_tokens, cap), config.profile)
+        except ValueError:  # too few for the operator's window, interval or heavy hitters
+            continue
+    return EXACT_SHAPE

@@ -29,10 +29,11 @@ _DRAWN, _DRAW = tl.constexpr(STREAM_DRAW), tl.constexpr(DRAW)
 
 @kernel
 def compact_kernel(
-    requests, headers, rounds, ops, ids, bias,
+    requests, events, rounds, ops, ids, bias,
     rows, score, peak, total,
     pages, layer_offsets, table,
-    lists,  # int32 out [L, list rows, H, width]: rows LIST (before) and LIST + 1 + e of a request
+    lists,  # int32 out [L, H * list_entries]: a request's lists [EVENTS + 1, H, WIDTH] at H * LIST,
+    # the first one before its events
     scratch, virtual,  # fp32 [programs, scratch_width], int32 [programs, 2, virtual_width]
     shared,  # fp32 [teams, shared_width]: what a team's members share
     counters,  # int32 zeros: programs that started, then the teams' meetings
@@ -40,9 +41,11 @@ def compact_kernel(
     s_value: tl.int64, s_page: tl.int64, s_head: tl.int64, s_slot: tl.int32, s_table: tl.int32,
     scale, root,  # softmax scale; 1 / sqrt(D) of the halving kernel
     tasks: tl.int32, request_count: tl.int32, heads: tl.int32, first_head: tl.int32,
-    first_layer: tl.int32, layer_ids, sinks: tl.int32, heavy: tl.int32,
-    instance_count: tl.int32, list_rows: tl.int32, width: tl.int32, score_width: tl.int32,
-    scratch_width: tl.int32, virtual_width: tl.int32, shared_width: tl.int32, team: tl.int32,
+    first_layer: tl.int32, layer_ids,
+    instances: tl.int32, list_entries: tl.int32, scored: tl.int32,  # of a layer
+    scratch_width: tl.int32, virtual_width: tl.int32, output_width: tl.int32,
+    shared_width: tl.int32, team: tl.int32,
+    origin: tl.int32,  # column of a request's first row, not paged
     D: tl.constexpr, D_PAD: tl.constexpr,
     C: tl.constexpr,  # candidates that are in registers at a time
     SHARE: tl.constexpr,  # candidates that a member weighs at a time
@@ -68,8 +71,8 @@ def compact_kernel(
     o_d, o_r, o_w = tl.arange(0, D_PAD), tl.arange(0, ROWS), tl.arange(0, WIDE)
     scratch_width = wide(scratch_width)
     virtual_width = wide(virtual_width)
+    output_width = wide(output_width)
     shared_width = wide(shared_width)
-    score_width = wide(score_width)
     i_team, member = tl.program_id(0) // team, tl.program_id(0) % team
     p_virtuals = virtual + tl.program_id(0).to(tl.int64) * (2 * virtual_width)
     # Own scratch: differences, thresholds, psi, mean key, signs.
@@ -81,7 +84,7 @@ def compact_kernel(
     # Shared: maxima and sums of every slice, the halvings' outputs, masses.
     p_parts = shared + i_team.to(tl.int64) * shared_width
     p_outputs = (p_parts + 4 * ROWS * SLICES).to(tl.pointer_type(tl.int32))
-    p_bits = p_outputs + 2 * virtual_width
+    p_bits = p_outputs + 2 * output_width
     p_arrived = counters + 1 + i_team
     meetings = 0
     if SIGNAL:
@@ -91,25 +94,23 @@ def compact_kernel(
         i_request = (task // heads) % request_count
         request = requests + i_request * columns.REQUEST
         i_layer = task // (heads * request_count)
-        event_first = tl.load(request + columns.EVENT).to(tl.int32)
-        events = tl.load(request + columns.EVENTS).to(tl.int32)
+        instance_first = tl.load(request + columns.INSTANCE).to(tl.int32)
+        event_count = tl.load(request + columns.EVENTS).to(tl.int32)
         move = tl.load(request + columns.SHIFT)
         seed_low, seed_high = (
             tl.load(request + columns.SEED_LOW).to(tl.uint32),
             tl.load(request + columns.SEED_HIGH).to(tl.uint32),
         )
         i_table = tl.load(request + columns.TABLE)
-        list_first, instance_first = (
-            tl.load(request + columns.LIST),
-            tl.load(request + columns.INSTANCE),
-        )
+        list_first, width = tl.load(request + columns.LIST), tl.load(request + columns.WIDTH)
         p_slots = request_slots(
-            pages + tl.multiple_of(tl.load(layer_offsets + i_layer), 16), request, i_request,
-            i_head, s_page, s_head, s_slot, BLOCK_SIZE,
+            pages + tl.multiple_of(tl.load(layer_offsets + i_layer), 16), request, i_head, s_head,
+            s_slot, origin, BLOCK_SIZE,
         )  # fmt: skip
         p_table = table + i_table * s_table
         layer = (first_layer + tl.load(layer_ids + i_layer)).to(tl.uint32)
-        p_list = lists + ((i_layer * list_rows + list_first) * heads + i_head) * width
+        p_list = lists + (i_layer.to(tl.int64) * list_entries + list_first) * heads
+        p_list += i_head * width
         # The state before the first event: the stored slots as they are.
         known = tl.load(request + columns.KNOWN).to(tl.int32)
         p_progress = progress + i_request * heads + i_head
@@ -120,8 +121,8 @@ def compact_kernel(
         tl.debug_barrier()
         if SIGNAL:
             written(p_progress, 1, member)
-        for e in range(events):
-            header = headers + (event_first + e) * columns.HEADER
+        for e in range(event_count):
+            header = events + (instance_first + e) * columns.EVENT
             position, stored = tl.load(header + columns.POSITION), tl.load(header + columns.STORED)
             incoming, live = tl.load(header + columns.INCOMING), tl.load(header + columns.LIVE)
             after, round_first = tl.load(header + columns.AFTER), tl.load(header + columns.ROUND)
@@ -129,7 +130,7 @@ def compact_kernel(
             recent = (move + position - live).to(tl.int32)
             copy = e % 2
             p_virtual = p_virtuals + copy * virtual_width
-            p_output = p_outputs + copy * virtual_width
+            p_output = p_outputs + copy * output_width
             base = stored + incoming  # virtual ids from here on are outputs
             # Ids are known before any decision: they are on their way while scores are computed.
             p_round = rounds + 2 * round_first
@@ -138,14 +139,17 @@ def compact_kernel(
             b_id = points(ops + op_first * columns.OP, op_count, ids, P, B)
             b_left = tl.load(ids + final + o_w, mask=o_w < after, other=0)
             if HAS_HEAVY:
-                i_row = (i_layer * instance_count + instance_first + e) * heads + i_head
+                sinks, heavy = tl.load(header + columns.SINKS), tl.load(header + columns.HEAVY)
+                i_row = (i_layer * instances + instance_first + e).to(tl.int64) * heads + i_head
                 i_row = i_row * ROWS
+                i_score = (i_layer.to(tl.int64) * scored + tl.load(header + columns.SCORE)) * heads
+                i_score += i_head * tl.load(header + columns.ROOM)
                 b_q = tl.load(
                     rows + (i_row + o_r[:, None]) * D + o_d[None, :],
                     mask=(o_d < D)[None, :], other=0.0,
                 )  # fmt: skip
                 p_part = p_parts + copy * (2 * ROWS * SLICES)
-                p_score = score + i_row * score_width
+                p_score = score + i_score * ROWS
                 score_stored(
                     b_q, p_virtual, bias + tl.load(header + columns.BIAS), p_slots, p_table, s_page,
                     s_slot, p_score, p_part, scale, member, team, stored, sinks, heavy,

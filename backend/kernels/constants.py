@@ -9,10 +9,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from express_vllm.layout import Shape
-
+from .events import TILE_POINTS, Kind
 from .halving import EXPONENTIAL, GAUSSIAN
-from .plan import TILE_POINTS, is_long
 
 #: Rows of a query tile: tokens times query heads of a KV head.
 QUERY_ROWS = 128
@@ -60,26 +58,27 @@ class Launch(NamedTuple):
         return self._asdict()
 
 
-def compaction(shape: Shape, model: Model, paged: bool) -> Launch:
-    return _compaction(shape.heavy > 0, is_long(shape), shape.kernel, model, paged)
-
-
 @lru_cache
-def _compaction(heavy: bool, long: bool, kernel: str, model: Model, paged: bool) -> Launch:
+def compaction(kind: Kind, model: Model, paged: bool) -> Launch:
     """Without pages a team runs a round, one halving a program; with pages there are as many
     layers, requests and heads as programs, and each runs the halvings of a round by itself."""
     padded = model.padded
-    halvings = HALVINGS if paged and not long else 1
+    halvings = side_by_side(kind, paged)
     together = max(1, min(halvings, 2, _OPERAND // (TILE_POINTS * padded * model.itemsize)))
     return Launch(
         (
             model.size, padded, CANDIDATES, CANDIDATES if paged else CANDIDATES // SLICES,
             SLICES, _scored(model), halvings,
-            together, TILE_POINTS // 2, model.block_size if paged else 0, heavy,
-            EXPONENTIAL if kernel == "exponential" else GAUSSIAN, long, _WIDE,
+            together, TILE_POINTS // 2, model.block_size if paged else 0, kind.heavy,
+            EXPONENTIAL if kind.kernel == "exponential" else GAUSSIAN, kind.long, _WIDE,
         ),
         warps=8,
     )  # fmt: skip
+
+
+def side_by_side(kind: Kind, paged: bool) -> int:
+    """Halvings of a round that a program runs at a time."""
+    return HALVINGS if paged and not kind.long else 1
 
 
 def _scored(model: Model) -> int:

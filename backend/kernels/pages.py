@@ -50,61 +50,64 @@ def keep_rows(
 @kernel
 def gather_kernel(
     pages, table, requests,
-    dense,  # out [R, H, slots, 2 D]
+    dense,  # out [rows, H, 2 D]: a request's from DENSE on
     s_page: tl.int64, s_head: tl.int64, s_slot: tl.int32, s_table: tl.int32, heads: tl.int32,
-    slots: tl.int32,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Copy a request's live slots out of its pages."""
-    i_request, i_head, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK
-    request = requests + i_request * columns.REQUEST
-    i_slot = first + tl.arange(0, BLOCK)
-    m_slot = i_slot < tl.load(request + columns.OLD)
+    i_head = tl.program_id(1)
+    request = requests + tl.program_id(0) * columns.REQUEST
+    old, row = tl.load(request + columns.OLD).to(tl.int32), tl.load(request + columns.DENSE)
     p_table = table + tl.load(request + columns.TABLE) * s_table
-    p_row = slot_rows(
-        tl.where(m_slot, i_slot, 0), pages + i_head * wide(s_head), p_table, s_page, s_slot,
-        BLOCK_SIZE,
-    )  # fmt: skip
     o_d = tl.arange(0, 2 * D_PAD)
-    m = m_slot[:, None] & (o_d < 2 * D)[None, :]
-    i_row = (i_request * heads + i_head).to(tl.int64) * slots + i_slot
-    b_row = tl.load(p_row[:, None] + o_d[None, :], mask=m)
-    tl.store(dense + i_row[:, None] * (2 * D) + o_d[None, :], b_row, mask=m)
+    for first in range(tl.program_id(2) * BLOCK, old, tl.num_programs(2) * BLOCK):
+        i_slot = first + tl.arange(0, BLOCK)
+        m_slot = i_slot < old
+        p_row = slot_rows(
+            tl.where(m_slot, i_slot, 0), pages + i_head * wide(s_head), p_table, s_page, s_slot,
+            BLOCK_SIZE,
+        )  # fmt: skip
+        m = m_slot[:, None] & (o_d < 2 * D)[None, :]
+        i_row = (row + i_slot) * heads + i_head
+        b_row = tl.load(p_row[:, None] + o_d[None, :], mask=m)
+        tl.store(dense + i_row[:, None] * (2 * D) + o_d[None, :], b_row, mask=m)
 
 
 @kernel
 def append_kernel(
     key, value, requests,
-    dense,  # out [R, H, slots, 2 D]
+    dense,  # out [rows, H, 2 D]
     s_key: tl.int32, s_key_head: tl.int32, s_value: tl.int32, s_value_head: tl.int32,
-    heads: tl.int32, slots: tl.int32,
+    heads: tl.int32,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Copy a request's new tokens behind its old slots."""
-    i_block, i_head, i_request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    request = requests + i_request * columns.REQUEST
-    old = tl.load(request + columns.OLD)
-    i_token = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m_token = i_token < tl.load(request + columns.STOP) - (old - tl.load(request + columns.SHIFT))
+    i_head = tl.program_id(1)
+    request = requests + tl.program_id(0) * columns.REQUEST
+    old, row = tl.load(request + columns.OLD), tl.load(request + columns.DENSE)
+    token = tl.load(request + columns.TOKEN)
+    count = tl.load(request + columns.STOP) - (old - tl.load(request + columns.SHIFT))
     o_d = tl.arange(0, D_PAD)
-    m = m_token[:, None] & (o_d < D)[None, :]
-    i_row = tl.load(request + columns.TOKEN) + i_token
-    p_k = key + i_row * wide(s_key) + i_head * wide(s_key_head)
-    p_v = value + i_row * wide(s_value) + i_head * wide(s_value_head)
-    b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m)
-    b_v = tl.load(p_v[:, None] + o_d[None, :], mask=m)
-    i_slot = (i_request * heads + i_head).to(tl.int64) * slots + old + i_token
-    p_row = dense + i_slot[:, None] * (2 * D) + o_d[None, :]
-    tl.store(p_row, b_k.to(dense.dtype.element_ty), mask=m)
-    tl.store(p_row + D, b_v.to(dense.dtype.element_ty), mask=m)
+    for first in range(tl.program_id(2) * BLOCK, count.to(tl.int32), tl.num_programs(2) * BLOCK):
+        i_token = first + tl.arange(0, BLOCK)
+        m = (i_token < count)[:, None] & (o_d < D)[None, :]
+        i_row = token + i_token
+        p_k = key + i_row * wide(s_key) + i_head * wide(s_key_head)
+        p_v = value + i_row * wide(s_value) + i_head * wide(s_value_head)
+        b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m)
+        b_v = tl.load(p_v[:, None] + o_d[None, :], mask=m)
+        i_slot = (row + old + i_token) * heads + i_head
+        p_row = dense + i_slot[:, None] * (2 * D) + o_d[None, :]
+        tl.store(p_row, b_k.to(dense.dtype.element_ty), mask=m)
+        tl.store(p_row + D, b_v.to(dense.dtype.element_ty), mask=m)
 
 
 @kernel
 def scatter_kernel(
     pages, source, table, requests, lists, query,
     s_page: tl.int64, s_head: tl.int64, s_slot: tl.int32, s_table: tl.int32,
-    s_source: tl.int64, s_source_head: tl.int64, s_source_slot: tl.int32, s_value: tl.int64,
-    s_query: tl.int32, s_query_head: tl.int32, heads: tl.int32, width: tl.int32,
+    s_source_head: tl.int64, s_source_slot: tl.int32, s_value: tl.int64,
+    s_query: tl.int32, s_query_head: tl.int32, heads: tl.int32, origin: tl.int32,
     D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -113,10 +116,10 @@ def scatter_kernel(
 
     Entries are read from the step's source, never from pages, so nothing overwritten is read.
     """
-    i_request, i_head, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK
-    request = requests + i_request * columns.REQUEST
+    i_head = tl.program_id(1)
+    request = requests + tl.program_id(0) * columns.REQUEST
     p_table = table + tl.load(request + columns.TABLE) * s_table
-    if first == 0:
+    if tl.program_id(2) == 0:
         keep_rows(
             query, pages, p_table, request, i_head, s_query, s_query_head, s_page, s_head, s_slot,
             D, D_PAD, GROUP, BLOCK_SIZE,
@@ -126,29 +129,29 @@ def scatter_kernel(
         tl.load(request + columns.FINAL_STORED).to(tl.int32),
         tl.load(request + columns.FINAL_LIVE).to(tl.int32),
     )
-    i_slot = first + tl.arange(0, BLOCK)
-    m_slot = (i_slot < live) & (i_slot >= tl.where(events > 0, 0, old))
-    p_list = lists + ((tl.load(request + columns.LIST) + events) * heads + i_head) * width
-    i_source = tl.load(p_list + i_slot, mask=m_slot & (i_slot < stored), other=0)
+    width = tl.load(request + columns.WIDTH)
+    p_list = lists + (tl.load(request + columns.LIST) + events * width) * heads + i_head * width
     recent = (tl.load(request + columns.STOP) - live + tl.load(request + columns.SHIFT)).to(
         tl.int32
     )
-    i_source = tl.where(i_slot < stored, i_source, i_slot + recent)
-    i_source = tl.where(m_slot, i_source, 0)
-    p_slots = request_slots(
-        source, request, i_request, i_head, s_source, s_source_head, s_source_slot, 0
-    )
-    p_from = slot_rows(i_source, p_slots, table, s_source, s_source_slot, 0)
+    p_slots = request_slots(source, request, i_head, s_source_head, s_source_slot, origin, 0)
     o_d = tl.arange(0, D_PAD)
-    m = m_slot[:, None] & (o_d < D)[None, :]
-    b_k = tl.load(p_from[:, None] + o_d[None, :], mask=m)
-    b_v = tl.load(p_from[:, None] + wide(s_value) + o_d[None, :], mask=m)
-    p_row = slot_rows(
-        tl.where(m_slot, i_slot, 0), pages + i_head * wide(s_head), p_table, s_page, s_slot,
-        BLOCK_SIZE,
-    )  # fmt: skip
-    tl.store(p_row[:, None] + o_d[None, :], b_k, mask=m)
-    tl.store(p_row[:, None] + D + o_d[None, :], b_v, mask=m)
+    for first in range(tl.program_id(2) * BLOCK, live, tl.num_programs(2) * BLOCK):
+        i_slot = first + tl.arange(0, BLOCK)
+        m_slot = (i_slot < live) & (i_slot >= tl.where(events > 0, 0, old))
+        i_source = tl.load(p_list + i_slot, mask=m_slot & (i_slot < stored), other=0)
+        i_source = tl.where(i_slot < stored, i_source, i_slot + recent)
+        i_source = tl.where(m_slot, i_source, 0)
+        p_from = slot_rows(i_source, p_slots, table, 0, s_source_slot, 0)
+        m = m_slot[:, None] & (o_d < D)[None, :]
+        b_k = tl.load(p_from[:, None] + o_d[None, :], mask=m)
+        b_v = tl.load(p_from[:, None] + wide(s_value) + o_d[None, :], mask=m)
+        p_row = slot_rows(
+            tl.where(m_slot, i_slot, 0), pages + i_head * wide(s_head), p_table, s_page, s_slot,
+            BLOCK_SIZE,
+        )  # fmt: skip
+        tl.store(p_row[:, None] + o_d[None, :], b_k, mask=m)
+        tl.store(p_row[:, None] + D + o_d[None, :], b_v, mask=m)
 
 
 @kernel
@@ -156,7 +159,7 @@ def move_kernel(
     pages, layer_offsets, table, requests, lists,
     spare,  # [programs, slots, COLUMNS]
     s_page: tl.int64, s_head: tl.int64, s_slot: tl.int32, s_table: tl.int32, units: tl.int32,
-    request_count: tl.int32, heads: tl.int32, list_rows: tl.int32, width: tl.int32, slots: tl.int32,
+    request_count: tl.int32, heads: tl.int32, list_entries: tl.int32, slots: tl.int32,
     row: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Rewrite pages in place as an event without new tokens left them, COLUMNS of a row at a time.
@@ -180,12 +183,10 @@ def move_kernel(
         gap = tl.load(request + columns.OLD).to(tl.int32) - live
         p_table = table + tl.load(request + columns.TABLE) * s_table
         p_slots = tl.multiple_of(pages + tl.load(layer_offsets + i_layer) + i_head * s_head, 16)
-        i_list = (
-            i_layer * list_rows
-            + tl.load(request + columns.LIST)
-            + tl.load(request + columns.EVENTS)
-        )
-        p_list = lists + (i_list * heads + i_head) * width
+        width = tl.load(request + columns.WIDTH)
+        i_list = i_layer.to(tl.int64) * list_entries + tl.load(request + columns.LIST)
+        i_list += tl.load(request + columns.EVENTS) * width
+        p_list = lists + i_list * heads + i_head * width
         for first in range(0, live, BLOCK):
             i_slot = first + tl.arange(0, BLOCK)
             m_slot = i_slot < live

@@ -51,25 +51,23 @@ def prefill_kernel(
     progress,  # int32 [R, H]: lists that are written
     output,  # out, as query
     s_query: tl.int32, s_query_head: tl.int32, s_output: tl.int32, s_output_head: tl.int32,
-    s_value: tl.int64, s_page: tl.int64, s_head: tl.int64, s_slot: tl.int32, scale2,
-    heads: tl.int32,
-    width: tl.int32,
+    s_value: tl.int64, s_head: tl.int64, s_slot: tl.int32, scale2,
+    heads: tl.int32, origin: tl.int32,
     wait: tl.int32,  # whether lists are written while this runs
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     # Heads first: programs start in the order in which the lists are written.
-    i_head, item = tl.program_id(0), items + tl.program_id(1) * columns.ITEM
-    row, count = tl.load(item), tl.load(item + 1)
-    i_list, stored = tl.load(item + 2).to(tl.int64), tl.load(item + 3)
-    p_bias = bias + tl.load(item + 4)
-    recent, last = tl.load(item + 5), tl.load(item + 6)
-    i_request = tl.load(item + 7)
-    p_slots = request_slots(
-        pages, requests + i_request * columns.REQUEST, i_request, i_head, s_page, s_head, s_slot, 0
-    )
-    p_list = lists + (i_list * heads + i_head) * width
-    needed = tl.load(item + 8)
+    i_head, item = tl.program_id(0), items + tl.program_id(1) * columns.TILE
+    row, count = tl.load(item + columns.TILE_ROW), tl.load(item + columns.TILE_TOKENS)
+    stored, p_bias = tl.load(item + columns.TILE_STORED), bias + tl.load(item + columns.TILE_BIAS)
+    recent, last = tl.load(item + columns.TILE_RECENT), tl.load(item + columns.TILE_LAST)
+    i_request = tl.load(item + columns.TILE_REQUEST)
+    request = requests + i_request * columns.REQUEST
+    p_slots = request_slots(pages, request, i_head, s_head, s_slot, origin, 0)
+    p_list = lists + tl.load(item + columns.TILE_LIST).to(tl.int64) * heads
+    p_list += i_head * tl.load(request + columns.WIDTH)
+    needed = tl.load(item + columns.TILE_NEEDED)
     if needed * wait > 0:
         wait_until(progress + i_request * heads + i_head, needed)
 

@@ -2,7 +2,7 @@
 
 An entry of a request is named by its *source index*: [0, old) are the live slots that the request
 held before the step, old + t is token t of the step.  A step with new tokens reads them where they
-are if its requests held nothing before; else it first copies both, in this order, to a dense page.
+are if its requests held nothing before; else it first copies both, in this order, to dense rows.
 A step without new tokens works on the pages.  So the state after any event is a list of source
 indices, and nothing moves while events are worked off.
 """
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from . import columns
 
 
 @triton.jit
@@ -40,11 +38,11 @@ def event_key(seed_low, seed_high, layer, head, position):
 
 @triton.jit
 def wide(n):
-    """n, which is a multiple of 16, as Triton sees it: rows this far apart load in wide words.
+    """n, which is a multiple of 8, as Triton sees it: rows so far apart load in words of 16 bytes.
 
     (`tl.multiple_of` says nothing of a kernel's own parameter.)
     """
-    return (n >> 4) << 4
+    return (n >> 3) << 3
 
 
 @triton.jit
@@ -52,7 +50,7 @@ def slot_rows(i_slot, p_slots, p_table, s_page, s_slot, BLOCK_SIZE: tl.constexpr
     """Pointers [N] to the first element of a request's slots: its key.
 
     p_slots: this layer's and head's slot 0 of page 0; p_table: the block-table row.  BLOCK_SIZE 0:
-    one dense page.  Strides are multiples of 16 (`step.py` sees to it), so that rows load wide.
+    consecutive slots.  Strides are multiples of 8 (head sizes are), so that rows load wide.
     """
     s_slot = wide(s_slot)
     if BLOCK_SIZE == 0:
@@ -64,15 +62,12 @@ def slot_rows(i_slot, p_slots, p_table, s_page, s_slot, BLOCK_SIZE: tl.constexpr
 
 
 @triton.jit
-def request_slots(
-    pages, request, i_request, i_head, s_page, s_head, s_slot, BLOCK_SIZE: tl.constexpr
-):
-    """Slot 0 of a request in a dense page of its own, in the batch (s_page 0), or in page 0."""
+def request_slots(pages, request, i_head, s_head, s_slot, origin, BLOCK_SIZE: tl.constexpr):
+    """Slot 0 of a request: in page 0, or in the row that its column `origin` names (DENSE: of the
+    step's dense copy, TOKEN: of the batch)."""
     p_slots = pages + i_head * wide(s_head)
     if BLOCK_SIZE == 0:
-        p_slots += i_request.to(tl.int64) * wide(s_page)
-        if s_page == 0:
-            p_slots += tl.load(request + columns.TOKEN) * wide(s_slot)
+        p_slots += tl.load(request + origin) * wide(s_slot)
     return p_slots
 
 

@@ -1,7 +1,7 @@
 """Which heavy hitters an event keeps: attention mass of the candidates, and the largest of it.
 
 Candidates are the present heavy hitters, then the incoming tokens.  Their scores lie candidate by
-candidate ([score_width, ROWS]), so that a mass is a sum over one row, in an order of its own.
+candidate ([ROOM, ROWS]), so that a mass is a sum over one row, in an order of its own.
 """
 
 from __future__ import annotations
@@ -26,24 +26,22 @@ _TRIES, _OCTAVES = tl.constexpr(16), tl.constexpr(31)
 def score_recent_kernel(
     query, ring_pages,  # the step's queries; the cache, whose last slots hold earlier query rows
     rows,  # out [L, I, H, ROWS, D]: query rows of every event instance
-    score, peak, total,  # fp32 out [L, I, H, score_width, ROWS], [L, I, H, ROWS] twice
-    instances,  # int32 [I, INSTANCES]
-    requests, headers,
+    score,  # fp32 out [L, H * scored, ROWS]: an event's [H, ROOM, ROWS] at H * SCORE
+    peak, total,  # fp32 out [L, I, H, ROWS]
+    requests, events,
     pages, layer_offsets, table,
     s_query: tl.int32, s_query_head: tl.int32, s_ring_page: tl.int64, s_ring_head: tl.int64,
     s_ring_slot: tl.int32,
     s_page: tl.int64, s_head: tl.int64, s_slot: tl.int32, s_table: tl.int32,
-    scale, heads: tl.int32, count: tl.int32, heavy: tl.int32, score_width: tl.int32,
+    scale, heads: tl.int32, count: tl.int32, scored: tl.int32, origin: tl.int32,
     D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, RING_BLOCK: tl.constexpr, HAS_NEW: tl.constexpr,
 ):  # fmt: skip
     """An event's query rows, their attention scores on its incoming tokens, and the maximum and sum
     of exponentials over all its recent tokens, causal."""
     i_instance, i_head, i_layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    instance = instances + i_instance * columns.INSTANCES
-    i_request = tl.load(instance)
-    request = requests + i_request * columns.REQUEST
-    header = headers + tl.load(instance + 1) * columns.HEADER
+    header = events + i_instance * columns.EVENT
+    request = requests + tl.load(header + columns.OWNER) * columns.REQUEST
     position, stored = tl.load(header + columns.POSITION), tl.load(header + columns.STORED)
     incoming, live = tl.load(header + columns.INCOMING), tl.load(header + columns.LIVE)
     recent = (tl.load(request + columns.SHIFT) + position - live).to(
@@ -52,13 +50,13 @@ def score_recent_kernel(
     p_table = table + tl.load(request + columns.TABLE) * s_table
     layer_offset = tl.multiple_of(tl.load(layer_offsets + i_layer), 16)
     p_slots = request_slots(
-        pages + layer_offset, request, i_request, i_head, s_page, s_head, s_slot, BLOCK_SIZE
+        pages + layer_offset, request, i_head, s_head, s_slot, origin, BLOCK_SIZE
     )
 
     o_r, o_d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
     m_d = o_d < D
     # From the ring the rows before the step, from the step the others.
-    kept = tl.load(instance + 2)
+    kept = tl.load(header + columns.KEPT)
     m_ring = o_r < kept
     ring = tl.load(request + columns.RING).to(tl.int32)
     p_ring = slot_rows(
@@ -69,7 +67,7 @@ def score_recent_kernel(
     p_ring += (o_r % 2) * D
     b_q = tl.load(p_ring[:, None] + o_d[None, :], mask=m_ring[:, None] & m_d[None, :], other=0.0)
     if HAS_NEW:
-        i_token = (tl.load(instance + 3) + o_r).to(tl.int64)
+        i_token = (tl.load(header + columns.QUERY) + o_r).to(tl.int64)
         p_query = query + i_token * wide(s_query)
         p_query += i_head * GROUP * wide(s_query_head)
         b_new_q = query_rows(
@@ -78,7 +76,10 @@ def score_recent_kernel(
         b_q = tl.where(m_ring[:, None], b_q, b_new_q)
     i_row = ((i_layer * count + i_instance).to(tl.int64) * heads + i_head) * ROWS
     tl.store(rows + (i_row + o_r[:, None]) * D + o_d[None, :], b_q, mask=m_d[None, :])
-    p_score = score + i_row * score_width
+    i_score = (i_layer.to(tl.int64) * scored + tl.load(header + columns.SCORE)) * heads
+    i_score += i_head * tl.load(header + columns.ROOM)
+    p_score = score + i_score * ROWS
+    heavy = tl.load(header + columns.HEAVY)
     b_peak = tl.full([ROWS, BLOCK], LOW, tl.float32)
     b_total = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(stored, live, BLOCK):

@@ -1,212 +1,67 @@
-"""What a step asks of the kernels: `StepPlan` is built once on the host, every layer runs it.
+"""What a step asks of the kernels: `run_chunks` is one layer's work for prompt chunks,
+`compact_pages` the compaction of decode steps for all layers at once.
 
-`run_chunks` is one layer's work for prompt chunks, `compact_pages` the compaction of decode steps
-for all layers at once.  Requests of a plan share one cache shape; a step with several shapes makes
-several plans.
+Both run a `StepPlan` (`plan.py`), which serves requests of any budgets of one kind.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from express_vllm.layout import RING_ROWS, Layout
 
-from . import constants, plan
+from . import constants, tables
 from .compaction import compact_kernel
-from .constants import QUERY_ROWS, SLICES, Model
+from .constants import Model
 from .launch import launch
-from .pages import (
-    append_kernel,
-    gather_kernel,
-    move_kernel,
-    scatter_kernel,
-)
-from .plan import EventTables, stored_after, tables_for
+from .pages import append_kernel, gather_kernel, move_kernel, scatter_kernel
+from .plan import Chunk, Extent, Span, StepPlan, cdiv
 from .prefill import prefill_kernel, wait_started_kernel
+from .scratch import USUAL, Compaction, Sharing, Side, Tuning, sharing, spare_bytes
 from .selection import score_recent_kernel
 
+__all__ = [
+    "Chunk", "Extent", "Source", "Span", "StepPlan", "Tuning", "attend_chunks", "chunk_source",
+    "compact", "compact_pages", "identity_lists", "model_of", "run_chunks", "score_recent",
+    "store_state", "warm_up",
+]  # fmt: skip
+
 _LOG2E = 1.4426950408889634
-#: Bytes of scratch that a decode step's compaction takes for some layers, and for moving pages.
-_SCRATCH, _SPARE = 96 << 20, 64 << 20
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-@dataclass
-class Chunk:
-    """Tokens [start, stop) of a request: batch rows from `token` on, block-table row `row`."""
-
-    start: int
-    stop: int
-    token: int = 0
-    row: int = 0
-    seed: int = 0
-
-
-@dataclass
-class StepPlan:
-    """Device tables of a step's requests, see `plan.py` for the columns.
-
-    `compacting` plans have no new tokens: each request runs the event at its position `start`.
-    """
-
-    tables: EventTables
-    requests: Tensor
-    instances: Tensor
-    items: Tensor
-    zero: Tensor  # int64 [1]: 0, the offset of the only layer
-    count: int
-    old: int  # the most live slots a request held before the step
-    tokens: int  # the most new tokens of a request
-    sources: int  # the most old slots and new tokens of a request
-    final: int  # the most live slots a request holds after it
-    events: int  # the most events of a request
-    lists: int
-    width: int  # of a list: stored slots
-    incoming: int  # incoming tokens of the layout's first event if the step has it
-    memory: dict[Any, Any] = field(default_factory=dict)  # scratch that all layers use in turn
-
-    def kept(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made once: layers run one after the other."""
-        found = self.memory.get(key)
-        if found is None:
-            found = self.memory[key] = make()
-        return found
-
-    @property
-    def candidates(self) -> int:
-        """Scores that an event has room for."""
-        shape = self.tables.layout.shape
-        return _cdiv(shape.heavy + max(self.incoming, shape.interval), 16) * 16
-
-    @classmethod
-    def make(
-        cls, layout: Layout, chunks: Sequence[Chunk], group: int, device: torch.device,
-        compacting: bool = False, tile: int = QUERY_ROWS,
-    ) -> StepPlan:  # fmt: skip
-        """Plan `chunks`, whose query heads are `group` times the KV heads."""
-        shape = layout.shape
-        requests = np.zeros((len(chunks), plan.REQUEST), np.int64)
-        instances: list = []
-        items: list = []
-        lists, width, live, last = 0, 1, 1, 0
-        for r, chunk in enumerate(chunks):
-            stop = chunk.start if compacting else chunk.stop
-            begin = layout.events_done(chunk.start)
-            end = layout.events_done(stop + 1 if compacting else stop)
-            last = max(last, end)
-            tables = tables_for(shape, device).upto(end)
-            known = (
-                layout.event(begin).incoming_start if end > begin else stored_after(layout, begin)
-            )
-            old = layout.live(chunk.start)
-            shift = old - chunk.start
-            upcoming = layout.next_event_position(stop + 1 if compacting else stop)
-            final = layout.event(end - 1).live_after if compacting and end else layout.live(stop)
-            low, high = chunk.seed & 0xFFFFFFFF, (chunk.seed >> 32) & 0xFFFFFFFF
-            requests[r] = (
-                begin, end - begin, old, shift, chunk.token, low, high, chunk.row, lists,
-                len(instances), stored_after(layout, end), final, stop,
-                shape.slots - shape.ring if shape.ring else -1, upcoming - RING_ROWS, known,
-            )  # fmt: skip
-            for k in range(begin, end):
-                first = layout.event(k).position - RING_ROWS
-                kept = min(max(chunk.start - first, 0), RING_ROWS)
-                instances.append((r, k, kept, chunk.token + first - chunk.start))
-            if not compacting:
-                items.append(_items(layout, tables, chunk, r, (begin, end), lists, shift, group,
-                                    tile))  # fmt: skip
-            stored = [layout.event(k).incoming_start for k in range(begin, end)]
-            width = max([width, stored_after(layout, end), known, *stored])
-            lists += end - begin + 1
-            live = max(live, final)
-        counts = requests[:, plan.STOP] - (requests[:, plan.OLD] - requests[:, plan.SHIFT])
-        starts_exact = ((requests[:, plan.EVENT] == 0) & (requests[:, plan.EVENTS] > 0)).any()
-        requests_, instances_, items_, zero = plan.to_device(
-            [
-                requests, np.array(instances, np.int32).reshape(-1, plan.INSTANCES),
-                np.concatenate(items or [np.zeros((0, plan.ITEM), np.int32)]),
-                np.zeros(1, np.int64),
-            ],
-            device,
-        )  # fmt: skip
-        return cls(
-            tables_for(shape, device).upto(last), requests_, instances_, items_, zero,
-            len(chunks), int(requests[:, 2].max()), int(counts.max()),
-            int((counts + requests[:, 2]).max()), live, int(requests[:, 1].max()), lists,
-            width, layout.event(0).incoming if starts_exact else 0,
-        )  # fmt: skip
-
-
-def _items(
-    layout: Layout, tables: EventTables, chunk: Chunk, request: int, events: tuple[int, int],
-    first_list: int, shift: int, group: int, tile: int,
-) -> np.ndarray:  # fmt: skip
-    """Query tiles of a chunk: none crosses an event."""
-    tokens = tile // group
-    begin, end = events
-    rows = []
-    for k in range(begin, end + 1):
-        low = chunk.start if k == begin else layout.event(k - 1).position
-        high = chunk.stop if k == end else layout.event(k).position
-        first = np.arange(low, high, tokens)
-        recent = layout.event(k - 1).position - layout.shape.window if k else 0
-        part = np.empty((len(first), plan.ITEM), np.int32)
-        part[:, 0] = chunk.token + first - chunk.start
-        part[:, 1] = np.minimum(tokens, high - first)
-        part[:, 2] = first_list + k - begin
-        part[:, 3] = stored_after(layout, k)
-        part[:, 4] = tables.bias_offset(k)
-        part[:, 5] = recent + shift
-        part[:, 6] = first + shift
-        part[:, 7] = request
-        part[:, 8] = k - begin + 1 if k else 0
-        rows.append(part)
-    return np.concatenate(rows)
+#: Most programs of a launch that moves rows: requests of a plan may differ much in size.
+_MOVERS = 16384
+#: Times a layer's compaction: a context, given the stream on which it ends.
+Timer = Callable[[torch.cuda.Stream | None], contextlib.AbstractContextManager[None]]
 
 
 @dataclass
 class Source:
-    """Where keys and values lie: dense page r of request r, the step's own tensors, or the pages of
-    several layers."""
+    """Where keys and values lie: the step's dense copy or own tensors, or the pages of several
+    layers."""
 
-    pages: Tensor  # [pages, KV heads, slots, ...]: keys; a value `value` elements behind its key
-    strides: tuple[int, int, int]  # of a page (0: requests lie in the batch), a head, a slot
+    pages: Tensor  # [..., 2 d]: keys; a value `value` elements behind its key
+    strides: tuple[int, int, int]  # of a page (0: not paged), a head, a slot
     value: int
     layer_offsets: Tensor  # int64 [L]: element offset of each layer's pages from `pages`
     table: Tensor  # int32 [R, blocks]
     block_size: int  # 0: not paged
+    origin: int = 0  # column of a request's first row, not paged
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.pages, self.layer_offsets, self.table
 
 
 @dataclass
-class Tuning:
-    """Launch shapes of the compaction kernels."""
-
-    team: int = 0  # programs that share one layer, request and KV head; 0: as `programs` allow
-    programs: int = 264  # persistent programs of one launch: more work waits for its turn
-    warps: int = 8
-
-
-_USUAL = Tuning()
-
-
-@dataclass
 class Scores:
     """What is computed for all events of a step beforehand: query rows [L, instances, KV heads,
-    RING_ROWS, d]; scores of the candidates [..., candidates, RING_ROWS], incoming ones filled in;
-    maximum and sum of exponentials of the recent tokens [..., RING_ROWS]."""
+    RING_ROWS, d]; scores of each event's candidates [L, KV heads * scored, RING_ROWS], incoming
+    ones filled in; maximum and sum of exponentials of the recent tokens [L, instances, KV heads,
+    RING_ROWS]."""
 
     rows: Tensor
     score: Tensor
@@ -215,15 +70,16 @@ class Scores:
 
     @classmethod
     def make(cls, step: StepPlan, heads: int, size: int, layers: int, dtype: torch.dtype) -> Scores:
-        options: Any = {"dtype": torch.float32, "device": step.requests.device}
-        if not step.tables.layout.shape.heavy:
-            none = torch.empty(1, **options)
-            return cls(none.to(dtype), none, none, none)
-        leading = (layers, len(step.instances), heads)
-        rows = torch.empty(*leading, RING_ROWS, size, dtype=dtype, device=step.requests.device)
-        score = torch.empty(*leading, step.candidates, RING_ROWS, **options)
-        peak, total = torch.empty(2, *leading, RING_ROWS, **options)
-        return cls(rows, score, peak, total)
+        extent, empty, f32 = step.extent, step.memory.empty, torch.float32
+        if not (step.kind and step.kind.heavy):
+            none = empty(1, dtype=f32)
+            return cls(empty(1, dtype=dtype), none, none, none)
+        leading = (layers, extent.instances, heads)
+        peak, total = empty(2, *leading, RING_ROWS, dtype=f32)
+        return cls(
+            empty(*leading, RING_ROWS, size, dtype=dtype),
+            empty(layers, heads * extent.scored, RING_ROWS, dtype=f32), peak, total,
+        )  # fmt: skip
 
 
 @dataclass
@@ -239,42 +95,24 @@ class Progress:
 class Work:
     """Scratch of a step's compaction, how it is shared out, and its lists."""
 
-    team: int
-    tasks: int
-    lists: Tensor  # int32 [L, lists, KV heads, width]
+    sharing: Sharing
+    lists: Tensor  # int32 [L, KV heads * entries]
     virtual: Tensor
     scratch: Tensor
     shared: Tensor
     progress: Progress
 
     @classmethod
-    def make(cls, step: StepPlan, model: Model, heads: int, layers: int, tuning: Tuning,
-             paged: bool) -> Work:  # fmt: skip
-        tables, device = step.tables, step.requests.device
-        tasks = layers * step.count * heads
-        team = 1 if paged else team_size(tasks, tables.width, tuning, device)
-        teams = min(tasks, tuning.programs // team)
-        pairs = plan.TILE_POINTS // 2
-        halvings = constants.HALVINGS if paged and not plan.is_long(tables.layout.shape) else 1
-        signs = _cdiv(tables.longest, 2 * pairs) * pairs
-        masses = _cdiv(step.candidates, constants.CANDIDATES) * constants.CANDIDATES
-        scratch_width, virtual_width = (
-            _cdiv(n, 64) * 64
-            for n in (
-                halvings * pairs * (pairs + 2) + model.padded + signs,
-                max(tables.virtual, 1),
-            )
-        )
-        i32: Any = {"dtype": torch.int32, "device": device}
-        f32: Any = {"dtype": torch.float32, "device": device}
-        before = _cdiv(1 + teams, 4) * 4  # pointers keep their alignment
-        counters = torch.zeros(before + step.count * heads, **i32)
+    def make(cls, step: StepPlan, heads: int, layers: int, found: Sharing) -> Work:
+        empty, i32, f32 = step.memory.empty, torch.int32, torch.float32
+        counters = empty(found.counters, dtype=i32)
+        heard = counters[found.counters - step.extent.requests * heads :]
         return cls(
-            team, tasks, torch.empty(layers, step.lists, heads, step.width, **i32),
-            torch.empty(teams * team, 2 * virtual_width, **i32),
-            torch.empty(teams * team, scratch_width, **f32),
-            torch.empty(teams, 4 * RING_ROWS * SLICES + 2 * virtual_width + masses, **f32),
-            Progress(counters, counters[before:], teams * team),
+            found, empty(layers, heads * step.extent.lists, dtype=i32),
+            empty(found.programs, 2 * found.virtual, dtype=i32),
+            empty(found.programs, found.scratch, dtype=f32),
+            empty(found.teams, found.shared, dtype=f32),
+            Progress(counters, heard, found.programs),
         )  # fmt: skip
 
 
@@ -286,18 +124,17 @@ def score_recent(
     scores = step.kept(
         ("scores", layers), lambda: Scores.make(step, heads, size, layers, kv_cache.dtype)
     )
-    heavy = step.tables.layout.shape.heavy
-    if not heavy:
+    if not (step.kind and step.kind.heavy):
         return scores
     queries = kv_cache if query is None else query
     variant = constants.recent_scores(model_of(kv_cache, group), query is None)
     launch(
-        score_recent_kernel, (len(step.instances), heads, layers),
+        score_recent_kernel, (step.extent.instances, heads, layers),
         (
             queries, kv_cache, scores.rows, scores.score, scores.peak, scores.total,
-            step.instances, step.requests, step.tables.headers, *source.arguments(),
+            step.requests, step.events, *source.arguments(),
             *queries.stride()[:2], *kv_cache.stride()[:3], *source.strides, source.table.stride(0),
-            scale, heads, len(step.instances), heavy, step.candidates,
+            scale, heads, step.extent.instances, step.extent.scored, source.origin,
         ),
         **variant.options,
     )  # fmt: skip
@@ -307,36 +144,40 @@ def score_recent(
 def compact(
     step: StepPlan, scores: Scores, source: Source, heads: int, model: Model, layer_ids: Tensor,
     first_head: int, scale: float, first_layer: int = 0, tuning: Tuning | None = None,
-    stream: torch.cuda.Stream | None = None,
+    stream: torch.cuda.Stream | None = None, limit: int | None = None,
 ) -> tuple[Tensor, Progress]:  # fmt: skip
-    """Run a step's events -> lists of kept source indices, int32 [L, lists, KV heads, width].
+    """Run a step's events -> lists of kept source indices, int32 [L, KV heads * entries].
 
     layer_ids int64 [L] plus `first_layer` feed the random bits, as does the global index of the
-    first KV head.  `stream`: where to run, if not where memory is taken from.  The lists lie in the
-    step's memory: the next call overwrites them.
+    first KV head.  `stream`: where to run, if not where memory is taken from; `limit`: bytes of the
+    programs' scratch.  The lists lie in the step's memory: the next call overwrites them.
     """
-    tuning = tuning or _USUAL
+    tuning = tuning or USUAL
     layers, paged = len(layer_ids), source.block_size > 0
-    shape, tables = step.tables.layout.shape, step.tables
-    key = ("work", layers, tuning.team, tuning.programs)
-    work = step.memory.get(key)
-    if work is None:
-        work = step.memory[key] = Work.make(step, model, heads, layers, tuning, paged)
-    else:
-        work.progress.counters.zero_()
-    variant = constants.compaction(shape, model, paged)
+    assert step.kind, "a step without events has nothing to compact"
+    kind = step.kind
+
+    def make() -> Work:
+        side = Side(model, heads, step.requests.device)
+        found = sharing(step.extent, kind, side, layers, paged, tuning, limit)
+        return Work.make(step, heads, layers, found)
+
+    work = step.kept(("work", layers, tuning), make)
+    found, extent = work.sharing, step.extent
+    work.progress.counters.zero_()
+    variant = constants.compaction(kind, model, paged)
     if stream:
         stream.wait_stream(torch.cuda.current_stream())
     launch(
-        compact_kernel, (work.progress.programs,),
+        compact_kernel, (found.programs,),
         (
-            step.requests, tables.headers, tables.rounds, tables.ops, tables.ids, tables.bias,
+            step.requests, step.events, step.rounds, step.ops, step.ids, step.bias,
             scores.rows, scores.score, scores.peak, scores.total, *source.arguments(), work.lists,
             work.scratch, work.virtual, work.shared, work.progress.counters, work.progress.lists,
             source.value, *source.strides, source.table.stride(0), scale, model.size**-0.5,
-            work.tasks, step.count, heads, first_head, first_layer, layer_ids, shape.sinks,
-            shape.heavy, len(step.instances), step.lists, step.width, step.candidates,
-            work.scratch.shape[1], work.virtual.shape[1] // 2, work.shared.shape[1], work.team,
+            found.tasks, extent.requests, heads, first_head, first_layer, layer_ids,
+            extent.instances, extent.lists, extent.scored, found.scratch, found.virtual,
+            found.outputs, found.shared, found.team, source.origin,
         ),
         variant.constants, warps=tuning.warps, stages=variant.stages, stream=stream,
     )  # fmt: skip
@@ -348,57 +189,45 @@ def model_of(kv_cache: Tensor, group: int) -> Model:
     return Model(kv_cache.shape[3] // 2, group, kv_cache.element_size(), kv_cache.shape[2])
 
 
-def team_size(tasks: int, width: int, tuning: Tuning, device: torch.device) -> int:
-    """Programs of a team.  All programs of a launch must be on the device together, since members
-    wait for each other; a round has `width` halvings to share out."""
-    if device.type != "cuda":  # the interpreter runs one program after the other
-        return 1
-    if tuning.team:
-        return tuning.team
-    team = 1
-    while team < min(width, SLICES) and 2 * team * tasks <= tuning.programs // 4:
-        team *= 2
-    return team
-
-
 def run_chunks(
     step: StepPlan, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, table: Tensor,
     layer: int, first_head: int, scale: float, output: Tensor, tuning: Tuning | None = None,
-    side: torch.cuda.Stream | None = None,
+    side: torch.cuda.Stream | None = None, timed: Timer | None = None,
 ) -> None:  # fmt: skip
     """One layer's prompt chunks: events, attention, and the state after the step in the pages.
 
     query, output [T, heads, d]; key, value [T, KV heads, d]; kv_cache [blocks, KV heads, block
     size, 2 d]; table int32 [R, blocks].  With a stream `side` (of high priority) attention runs
     while events are worked off there: they are sequential and keep few multiprocessors busy.  A
-    query tile waits for the list that it needs.
+    query tile waits for the list that it needs.  `timed`: a context around the events, given the
+    stream on which they end.
     """
     source = chunk_source(step, key, value, kv_cache, table)
     heads, group = key.shape[1], query.shape[1] // key.shape[1]
     model = model_of(kv_cache, group)
     progress = None
-    if step.events:
-        scores = score_recent(step, query, kv_cache, source, 1, scale, group)
-        lists, progress = compact(
-            step, scores, source, heads, model, source.layer_offsets, first_head, scale, layer,
-            tuning, side,
-        )  # fmt: skip
+    if step.kind:
+        with timed(side) if timed else contextlib.nullcontext():
+            scores = score_recent(step, query, kv_cache, source, 1, scale, group)
+            lists, progress = compact(
+                step, scores, source, heads, model, source.layer_offsets, first_head, scale, layer,
+                tuning, side,
+            )  # fmt: skip
     else:
-        lists = identity_lists(step, heads, query.device)
-    attend_chunks(step, query, source, lists, scale, output, progress if side else None)
-    if side and step.events:
+        lists = identity_lists(step)
+    attend_chunks(step, query, source, lists, heads, scale, output, progress if side else None)
+    if side and step.kind:
         torch.cuda.current_stream().wait_stream(side)
     store_state(step, query, source, lists, kv_cache, table)
 
 
-def identity_lists(step: StepPlan, heads: int, device: torch.device) -> Tensor:
-    """Lists of a step without events: every stored slot is where it was."""
-
-    def make() -> Tensor:
-        row = torch.arange(step.width, dtype=torch.int32, device=device)
-        return row.expand(1, step.lists, heads, step.width).contiguous()
-
-    return step.kept("identity", make)
+def identity_lists(step: StepPlan) -> Tensor:
+    """The one list of a step without events: every stored slot is where it was."""
+    device = step.requests.device
+    return step.kept(
+        "identity",
+        lambda: torch.arange(step.extent.width, dtype=torch.int32, device=device),
+    )
 
 
 def chunk_source(
@@ -406,65 +235,67 @@ def chunk_source(
 ) -> Source:
     """Old slots, copied out of the pages since the step overwrites those, then the new tokens.
 
-    One dense page a request keeps addresses simple; the copy is a hundredth of a chunk's attention.
-    Where no request holds old slots, the step's own tensors serve.
+    Dense rows keep addresses simple; the copy is a hundredth of a chunk's attention.  Where no
+    request holds old slots, the step's own tensors serve.
     """
     heads, _, width = kv_cache.shape[1:]
-    zero, model = step.zero, model_of(kv_cache, 1)
-    if not step.old and key.stride() == value.stride() and key.dtype == kv_cache.dtype:
+    extent, zero, model = step.extent, step.zero, model_of(kv_cache, 1)
+    if not extent.old and key.stride() == value.stride() and key.dtype == kv_cache.dtype:
         value_offset = (value.data_ptr() - key.data_ptr()) // key.element_size()
         strides = (0, key.stride(1), key.stride(0))
-        if not any(n % 16 for n in (value_offset, *strides)):
-            return Source(key, strides, value_offset, zero, table, 0)
+        if not any(n % 8 for n in (value_offset, *strides)):
+            return Source(key, strides, value_offset, zero, table, 0, tables.TOKEN)
     dense = step.kept(
-        "dense",
-        lambda: torch.empty(
-            step.count, heads, step.sources, width, dtype=kv_cache.dtype, device=key.device
-        ),
+        "dense", lambda: step.memory.empty(extent.dense, heads, width, dtype=kv_cache.dtype)
     )
-    if step.old:
+    if extent.old:
         launch(
-            gather_kernel, (step.count, heads, _cdiv(step.old, constants.MOVED)),
+            gather_kernel, movers(extent, heads, extent.old),
             (
                 kv_cache, table, step.requests, dense, *kv_cache.stride()[:3], table.stride(0),
-                heads, dense.shape[2],
+                heads,
             ),
             **constants.gather(model).options,
         )  # fmt: skip
     launch(
-        append_kernel, (_cdiv(step.tokens, constants.MOVED), heads, step.count),
-        (
-            key, value, step.requests, dense, *key.stride()[:2], *value.stride()[:2], heads,
-            dense.shape[2],
-        ),
+        append_kernel, movers(extent, heads, extent.tokens),
+        (key, value, step.requests, dense, *key.stride()[:2], *value.stride()[:2], heads),
         **constants.append(model).options,
     )  # fmt: skip
-    return Source(dense, dense.stride()[:3], width // 2, zero, table, 0)
+    strides = (0, dense.stride(1), dense.stride(0))
+    return Source(dense, strides, width // 2, zero, table, 0, tables.DENSE)
+
+
+def movers(extent: Extent, heads: int, rows: int) -> tuple[int, int, int]:
+    """Grid of a kernel that moves up to `rows` rows of each request and head.  A program strides
+    over its request's, so that the longest one does not set the number of idle programs."""
+    most = max(1, _MOVERS // (extent.requests * heads))
+    return extent.requests, heads, max(1, min(cdiv(rows, constants.MOVED), most))
 
 
 def attend_chunks(
-    step: StepPlan, query: Tensor, source: Source, lists: Tensor, scale: float, output: Tensor,
-    progress: Progress | None = None, variant: constants.Launch | None = None,
+    step: StepPlan, query: Tensor, source: Source, lists: Tensor, heads: int, scale: float,
+    output: Tensor, progress: Progress | None = None, variant: constants.Launch | None = None,
 ) -> None:  # fmt: skip
-    """Every token's attention over the state valid at its position, one launch.
+    """Every token's attention over the state valid at its position, one launch; `heads`: KV heads.
 
     `progress`: of a compaction that may still run; a query tile then waits for its list.
     """
-    if not len(step.items):
+    if not step.tiles:
         return
-    heads, size = lists.shape[2], query.shape[2]
+    size = query.shape[2]
     if variant is None:
         model = Model(size, query.shape[1] // heads, query.element_size(), 0)
         variant = constants.prefill(model)
     if progress:
         launch(wait_started_kernel, (1,), (progress.counters, progress.programs), warps=1)
     launch(
-        prefill_kernel, (heads, len(step.items)),
+        prefill_kernel, (heads, step.tiles),
         (
-            query, source.pages, step.items, step.requests, lists, step.tables.bias,
+            query, source.pages, step.items, step.requests, lists, step.bias,
             progress.lists if progress else lists, output, *query.stride()[:2],
-            *output.stride()[:2], source.value, *source.strides, scale * _LOG2E, heads, step.width,
-            int(progress is not None),
+            *output.stride()[:2], source.value, *source.strides[1:], scale * _LOG2E, heads,
+            source.origin, int(progress is not None),
         ),
         **variant.options,
     )  # fmt: skip
@@ -477,10 +308,11 @@ def store_state(
     heads = kv_cache.shape[1]
     model = model_of(kv_cache, query.shape[1] // heads)
     launch(
-        scatter_kernel, (step.count, heads, max(1, _cdiv(step.final, constants.MOVED))),
+        scatter_kernel, movers(step.extent, heads, step.extent.final),
         (
             kv_cache, source.pages, table, step.requests, lists, query, *kv_cache.stride()[:3],
-            table.stride(0), *source.strides, source.value, *query.stride()[:2], heads, step.width,
+            table.stride(0), *source.strides[1:], source.value, *query.stride()[:2], heads,
+            source.origin,
         ),
         **constants.scatter(model).options,
     )  # fmt: skip
@@ -497,42 +329,55 @@ def compact_pages(
     has room for.
     """
     heads, size, model = kv_cache.shape[1], kv_cache.shape[3] // 2, model_of(kv_cache, group)
-    scored = len(step.instances) * RING_ROWS * (4 * step.candidates + model.itemsize * size)
-    a_layer = heads * (scored + 4 * step.lists * step.width)
-    some = max(2, _SCRATCH // a_layer // 2 * 2)  # even, so that pointers keep their alignment
-    for first in range(0, len(layer_offsets), some):
-        offsets, ids = layer_offsets[first : first + some], layer_ids[first : first + some]
+    side = Side(model, heads, kv_cache.device)
+    workspace = step.memory.workspace
+    share = Compaction.of(step.extent, side, workspace.size if workspace else None)
+    for first in range(0, len(layer_offsets), share.layers):
+        offsets, ids = (x[first : first + share.layers] for x in (layer_offsets, layer_ids))
+        if ("scores", len(ids)) not in step.cached:
+            step.memory.restart()
         source = Source(kv_cache, kv_cache.stride()[:3], size, offsets, table, model.block_size)
         scores = score_recent(step, None, kv_cache, source, len(ids), scale, group)
         lists, _ = compact(
-            step, scores, source, heads, model, ids, first_head, scale, tuning=tuning
-        )
-        units = len(ids) * step.count * heads * _cdiv(2 * size, constants.MOVE_COLUMNS)
-        bytes_ = step.final * constants.MOVE_COLUMNS * model.itemsize
-        programs = min(units, 1056, max(1, _SPARE // bytes_))
-        make = functools.partial(
-            torch.empty, programs, step.final, constants.MOVE_COLUMNS, dtype=kv_cache.dtype,
-            device=kv_cache.device,
+            step, scores, source, heads, model, ids, first_head, scale, tuning=tuning,
+            limit=share.sharing_limit,
         )  # fmt: skip
-        spare = step.kept(("spare", programs), make)
-        launch(
-            move_kernel, (programs,),
-            (
-                kv_cache, offsets, table, step.requests, lists, spare, *kv_cache.stride()[:3],
-                table.stride(0), units, step.count, heads, step.lists, step.width, step.final,
-            ),
-            **constants.move(model).options,
-        )  # fmt: skip
+        _move(step, kv_cache, offsets, table, lists, model, share.spare)
+
+
+def _move(
+    step: StepPlan, kv_cache: Tensor, offsets: Tensor, table: Tensor, lists: Tensor, model: Model,
+    spare_limit: int,
+) -> None:  # fmt: skip
+    """Rewrite the pages of some layers as the lists say."""
+    extent, heads = step.extent, kv_cache.shape[1]
+    slices = cdiv(2 * model.size, constants.MOVE_COLUMNS)
+    units = len(offsets) * extent.requests * heads * slices
+    side = Side(model, heads, kv_cache.device)
+    programs = min(units, 1056, max(1, spare_limit // spare_bytes(extent, side)))
+    spare = step.kept(
+        ("spare", len(offsets)),
+        lambda: step.memory.empty(
+            programs, extent.final, constants.MOVE_COLUMNS, dtype=kv_cache.dtype
+        ),
+    )
+    launch(
+        move_kernel, (programs,),
+        (
+            kv_cache, offsets, table, step.requests, lists, spare, *kv_cache.stride()[:3],
+            table.stride(0), units, extent.requests, heads, extent.lists, extent.final,
+        ),
+        **constants.move(model).options,
+    )  # fmt: skip
 
 
 def warm_up(
-    layout: Layout, heads: int, group: int, size: int, dtype: torch.dtype, block_size: int,
-    device: torch.device,
+    layout: Layout, count: int, heads: int, group: int, size: int, dtype: torch.dtype,
+    block_size: int, device: torch.device,
 ) -> None:  # fmt: skip
-    """Compile what any step of any budget of this layout's kind launches: run a made-up request."""
-    shape = layout.shape
-    count = shape.first_event + shape.interval
-    blocks = _cdiv(shape.slots, block_size)
+    """Compile what any step of any budget of this layout's kind launches: run a made-up request of
+    `count` tokens.  One that reaches no event needs no more than its kernels."""
+    blocks = cdiv(min(layout.shape.slots, count + 1), block_size)
     options: Any = {"dtype": dtype, "device": device}
     cache = torch.zeros(blocks, heads, block_size, 2 * size, **options)
     table = torch.arange(blocks, dtype=torch.int32, device=device)[None]
@@ -542,10 +387,11 @@ def warm_up(
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     scale, zero = size**-0.5, torch.zeros(1, dtype=torch.int64, device=device)
     for start, stop in ((0, count - 2), (count - 2, count)):
-        chunk = StepPlan.make(layout, [Chunk(start, stop)], group, device)
+        chunk = StepPlan.make([Chunk(layout, start, stop)], group, device)
         run_chunks(
             chunk, query[start:stop], key[start:stop], value[start:stop], cache, table, 0, 0, scale,
             output[start:stop], side=side,
         )  # fmt: skip
-    event = StepPlan.make(layout, [Chunk(count, count + 1)], group, device, compacting=True)
-    compact_pages(event, cache, zero, zero, table, 0, scale, group)
+    if layout.events(count, count + 1):
+        event = StepPlan.make([Chunk(layout, count, count + 1)], group, device, compacting=True)
+        compact_pages(event, cache, zero, zero, table, 0, scale, group)

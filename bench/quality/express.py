@@ -119,8 +119,8 @@ class ExpressCache:
         plan = self.plans.get(
             (start, length, batch),
             lambda: StepPlan.make(
-                layout_for(self.plans.shape),
-                [Chunk(start, start + length, r * length, r, self.plans.seed)
+                [Chunk(layout_for(self.plans.shape), start, start + length, r * length, r,
+                       self.plans.seed)
                  for r in range(batch)],
                 self.heads.group, query.device,
             ),

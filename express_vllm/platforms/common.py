@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..budget import ServerConfig
 from ..conflicts import refuse_conflicts
-from ..patches import resolve_at_the_edge
+from ..patches import keep_prefix_caching_asked, resolve_at_the_edge
 from ..plugin import BACKEND_NAME, BACKEND_PATH
 from ..wide import settle
 
@@ -24,9 +24,10 @@ SCHEDULERS = {
 
 
 def chosen(vllm_config: VllmConfig) -> bool:
-    """Whether the user gave `--attention-backend express`."""
-    backend = vllm_config.attention_config.backend
-    return backend is not None and backend.name == BACKEND_NAME
+    """Whether the user gave `--attention-backend express`, or express for one kind of layer."""
+    config = vllm_config.attention_config
+    backends = [config.backend, *config.backend_per_kind.values()]
+    return any(backend is not None and backend.name == BACKEND_NAME for backend in backends)
 
 
 def server_config(vllm_config: VllmConfig) -> ServerConfig:
@@ -60,6 +61,7 @@ class ExpressPlatformMixin:
     def pre_register_and_update(cls, parser: Any = None) -> None:
         """Give every API server our middleware; it does nothing unless express is chosen."""
         super().pre_register_and_update(parser)  # type: ignore[misc]
+        keep_prefix_caching_asked()
         if parser is not None:
             from ..server.middleware import add_to
 
@@ -73,7 +75,7 @@ class ExpressPlatformMixin:
         config = server_config(vllm_config)
         refuse_conflicts(vllm_config)
         if vllm_config.cache_config.enable_prefix_caching:
-            # On by default in vLLM; an explicit --enable-prefix-caching is refused above.
+            # On by default in vLLM; whoever asked for it is refused above.
             vllm_config.cache_config.enable_prefix_caching = False
             logger.info("express: prefix caching, on by default in vLLM, is off")
         if vllm_config.parallel_config.worker_cls == "auto":
