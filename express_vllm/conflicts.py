@@ -350,8 +350,8 @@ VLLM_FAULTS = (
         "500 for this request",
     ),
 )
-TRIED = """121 odd requests were sent to a server with express: sampling parameters at and past their
-limits, empty prompts, prompts of the maximal length, bad token ids, stop lists, echo, prompt
+TRIED = """Some 120 odd requests were sent to a server with express: sampling parameters at and past
+their limits, empty prompts, prompts of the maximal length, bad token ids, stop lists, echo, prompt
 log-probabilities over several chunks, grammars, schemas. None ended or blocked the engine."""
 
 
