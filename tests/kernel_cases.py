@@ -455,8 +455,10 @@ def test_plans_that_are_cut_to_their_scratch_leave_the_same_bits():
     side = scratch.Side(Model(size, group, 4, 16), 1, DEVICE)
     stops = [layouts[0].event(1).position, layouts[1].event(0).position, 20]
     data = tokens(sum(stops), 1, group, size, torch.float32, seed=3)
+    # Little more than one token's events take: teams have more programs on a GPU.
+    small = 75_000 if DEVICE.type == "cuda" else 65_000
     found = []
-    for limit, decode_limit in ((1 << 30, 1 << 30), (75_000, 200_000)):
+    for limit, decode_limit in ((1 << 30, 1 << 30), (small, 200_000)):
         batch, output = Batch(layouts, group, size, 160), torch.full_like(data[0], torch.nan)
         spans = map(Span.of, batch.chunks([0] * 3, stops))
         workspace = Workspace(limit, DEVICE)
