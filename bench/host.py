@@ -2,9 +2,9 @@
 
 1,000 requests of 32K to 128K tokens decode for some hundred steps; what is timed is what this
 project adds to a step's host: decode rows, plans with their tables, and on a GPU the launches that
-compact (on a few pages that all requests share, so that the device keeps up).  Rows of a table have
-the same compactions a step, since all budgets have one interval: only the number of different
-budgets grows.
+compact (on a few pages that all requests share, so that the device keeps up).  Processor time of
+this thread counts.  All rows have as many compactions a step, since all budgets have one interval:
+only the number of different budgets grows.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import os
 import statistics
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,8 +27,7 @@ from express_vllm.backend.kernels import plan, scratch  # noqa: E402
 from express_vllm.backend.kernels.constants import Model  # noqa: E402
 from express_vllm.backend.kernels.memory import Memory, Workspace  # noqa: E402
 from express_vllm.backend.kernels.step import compact_pages  # noqa: E402
-from express_vllm.budget import Budget  # noqa: E402
-from express_vllm.layout import layout_for, make_shape  # noqa: E402
+from express_vllm.layout import Layout, Shape, layout_for, make_shape  # noqa: E402
 
 from . import record  # noqa: E402
 
@@ -38,12 +38,21 @@ LOW, HIGH = 4096, 12288
 SHORTEST, LONGEST = 32_768, 131_072
 
 
-def budgets(distinct: int) -> list[Budget]:
-    """One for each request, `distinct` different ones, in the middle the same on average."""
+@dataclass(frozen=True)
+class Live:
+    """What decode rows ask of a request's budget."""
+
+    shape: Shape
+    seed: int = 0
+
+    def layout_in(self, wide: bool) -> Layout:
+        return layout_for(self.shape)
+
+
+def budgets(distinct: int) -> list[Live]:
+    """One for each request, `distinct` different ones, of the same size on average."""
     sizes = [LOW + (HIGH - LOW) * (2 * i + 1) // (2 * distinct) for i in range(distinct)]
-    found = [
-        Budget("express", n, n, 0, "recent", n, make_shape(n)) for n in sizes
-    ]  # fmt: skip
+    found = [Live(make_shape(slots)) for slots in sizes]
     return [found[r % distinct] for r in range(REQUESTS)]
 
 
@@ -54,10 +63,8 @@ class Decoding:
         self.budgets = budgets(distinct)
         self.names = [str(r) for r in range(REQUESTS)]
         self.index = np.arange(REQUESTS)
-        span = LONGEST - SHORTEST
-        self.positions = (
-            SHORTEST + np.random.default_rng(0).permutation(REQUESTS) * span // REQUESTS
-        )
+        draws = np.random.default_rng(0).integers(SHORTEST, LONGEST, REQUESTS)
+        self.positions = draws
         self.rows = DecodeRows(False, REQUESTS, DEVICE)
         self.workspace = Workspace(scratch.LEAST, DEVICE)
         self.side = scratch.Side(Model(SIZE, GROUP, 2, BLOCK), KV_HEADS, DEVICE)
@@ -97,10 +104,10 @@ def measure(distinct: int, steps: int, warm: int = 20) -> dict:
             decoding.compactions = 0
         if CUDA:
             torch.cuda.synchronize()
-        begin = time.perf_counter()
+        begin = time.thread_time()
         decoding.step()
         if number >= warm:
-            times.append(1e3 * (time.perf_counter() - begin))
+            times.append(1e3 * (time.thread_time() - begin))
     return {
         "different budgets": distinct, "ms a step": statistics.mean(times),
         "median, ms": statistics.median(times), "longest, ms": max(times),

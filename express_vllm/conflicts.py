@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .plugin import SUPPORTED_VLLM
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -304,6 +306,55 @@ def refuse_layer(found: Iterable[str]) -> None:
         )
 
 
+NOTES = """Works, and is tested: chunked prefill, preemption, abort, streaming, mixed budgets and
+exact requests in one batch, float32, bfloat16 and float16 caches of the model's own type, odd head
+sizes on CPUs; tensor, pipeline and data parallelism ([operations.md](operations.md#more-than-one-gpu)).
+On NVIDIA GPUs this was tried on one and on two H100s and H200s.
+
+Tested on CPUs, not tried on GPUs yet: structured output; LoRA.
+
+## When vLLM does not know `express`
+
+«Unknown attention backend: 'EXPRESS'» means that vLLM did not load the plugin. A line before it,
+`express: --attention-backend express is off: ...`, says why: vLLM is not VERSION.*, or it chose
+another platform (`VLLM_TARGET_DEVICE` is set, which leaves out every plugin's platform; or the
+device is neither a CPU nor NVIDIA's). Without that line `VLLM_PLUGINS` is set and does not name
+`express`: nothing of it was loaded that could say so. `express-vllm doctor` tells them apart.
+
+## Faults of vLLM itself
+
+Of vLLM VERSION on CPUs.
+"""  # noqa: E501
+#: What a request meets: in vLLM alone, with express.
+VLLM_FAULTS = (
+    (
+        "a `seed` and a prompt of more than one chunk (2,048 tokens)",
+        "the engine ends: «CPU Generator does not use offset»",
+        "works, the same tokens whatever the chunks",
+    ),
+    (
+        "LoRA beside requests without an adapter",
+        "they get another request's adapter "
+        "([its repair](https://github.com/vllm-project/vllm/pull/48421) is not in it)",
+        "the same: serve the bare model by a server of its own "
+        "(`pytest -m slow tests/test_lora.py`)",
+    ),
+    (
+        'a JSON schema that only refers to itself, `{"$ref": "#"}`',
+        "not tried",
+        "500 for this request",
+    ),
+    (
+        "structured output beside `allowed_token_ids` that its grammar never allows",
+        "not tried",
+        "500 for this request",
+    ),
+)
+TRIED = """Some 120 odd requests were sent to a server with express: sampling parameters at and past
+their limits, empty prompts, prompts of the maximal length, bad token ids, stop lists, echo, prompt
+log-probabilities over several chunks, grammars, schemas. None ended or blocked the engine."""
+
+
 def matrix() -> str:
     """The conflict matrix as Markdown."""
     lines = [
@@ -322,14 +373,11 @@ def matrix() -> str:
         "| --- | --- |",
         *[f"| {name} | {reason} |" for name, reason in LAYER_CONFLICTS.items()],
         "",
-        "Works, and is tested: chunked prefill, preemption, abort, streaming, mixed budgets and",
-        "exact requests in one batch, float32, bfloat16 and float16 caches; tensor, pipeline and",
-        "data parallelism ([operations.md](operations.md#more-than-one-gpu)).",
-        "On NVIDIA GPUs this was tried on one and on two H100s and H200s.",
+        NOTES.replace("VERSION", SUPPORTED_VLLM),
+        "| request | vLLM alone | with express |",
+        "| --- | --- | --- |",
+        *["| " + " | ".join(row) + " |" for row in VLLM_FAULTS],
         "",
-        "Tested on CPUs, not tried on GPUs yet: structured output; LoRA. On a CPU vLLM 0.32 adds",
-        "another request's adapter to a request without one in the same batch, under any backend",
-        "([its repair](https://github.com/vllm-project/vllm/pull/48421) is not in 0.32): serve the",
-        "bare model by a server of its own there (`pytest -m slow tests/test_lora.py`).",
+        TRIED,
     ]
     return "\n".join(lines) + "\n"

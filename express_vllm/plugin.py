@@ -29,7 +29,7 @@ def register() -> None:
     """
     from vllm.platforms import current_platform
 
-    if hasattr(current_platform, "express_worker"):
+    if type(current_platform).__module__.startswith("express_vllm."):
         _register_backend()
     elif version := untested_vllm():
         logger.error(

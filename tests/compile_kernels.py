@@ -60,6 +60,8 @@ def models() -> Iterator[tuple[str, Model]]:
     for size in (64, 96, 128, 256):
         for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
             yield dtype, _model(size, itemsize, *next(others))
+    for size in (72, 120):  # no multiples of 16
+        yield "bf16", _model(size, 2, *next(others))
 
 
 def variants(wanted: list[str]) -> dict[tuple, tuple[Any, str, Launch]]:

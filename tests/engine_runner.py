@@ -36,6 +36,7 @@ class Engine:
         self.llm = LLM(disable_log_stats=True, **arguments)
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
         self._watch()
+        self.started = _allocated()
 
     def _watch(self):
         scheduler = self.scheduler
@@ -125,9 +126,36 @@ class Engine:
             "budgets_left": len(self.scheduler.express_budgets),
         }
 
+    def device_memory(self):
+        """Bytes that torch held when the engine had started, the most since then, and the most
+        that profiling found a step to need beside what stays."""
+        import torch
+
+        executor = self.llm.llm_engine.engine_core.engine_core.model_executor
+        return {
+            "started": self.started, "peak": torch.cuda.max_memory_allocated(),
+            "profiled": executor.driver_worker.worker.peak_activation_memory,
+        }  # fmt: skip
+
+    def compaction_seconds(self, length, max_tokens):
+        """What the scheduler was told of one request of made-up tokens."""
+        request = {"prompt": [i % 1000 for i in range(length)], "max_tokens": max_tokens}
+        self.generate([request])
+        return {"seconds": self.scheduler.express_stats.compaction_seconds}
+
     def collectives(self):
         """What each rank said to the others since the last call (gloo_worker.py)."""
         return self.llm.collective_rpc("collectives")
+
+
+def _allocated():
+    """Bytes that torch holds on the device; the peak is counted from here on."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def adapter(path):

@@ -1,5 +1,6 @@
 """Every variant of the kernels compiles for sm_90, on any machine (marker `slow`)."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,8 +12,10 @@ pytest.importorskip("triton.backends.nvidia")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [64, 96, 128, 256])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [*itertools.product(["bf16", "fp16", "fp32"], [64, 96, 128, 256]), ("bf16", 72), ("bf16", 120)],
+)
 def test_every_variant_compiles(dtype, size):
     """In a process of its own: other modules may have loaded Triton's interpreter."""
     script = Path(__file__).with_name("compile_kernels.py")

@@ -154,6 +154,33 @@ def test_the_worst_mixes_are_cut_to_what_is_reserved(slots, tokens):
     assert seen == {c.row: c.stop for c in step}
 
 
+@pytest.mark.parametrize("layers", [1, 7, 32])
+def test_events_of_many_decodes_take_what_is_reserved(layers):
+    """1,000 decodes at an event, of budgets up to the largest, first events among them."""
+    cap = 131_072
+    limit = scratch.workspace_bytes(cap, 2048, make_shape(cap), SIDE)
+    workspace, due = Workspace(limit, CPU), []
+    for r, slots in enumerate([cap, 65_536, *range(128, 128 + 11 * 998, 11)]):
+        layout = layout_for(make_shape(slots))
+        at = layout.event(r % 3).position
+        due.append(Span.of(Chunk(layout, at, at + 1, row=r), compacting=True))
+    lists = scratch.cut(due, scratch.decodes_fit(SIDE, limit))
+    assert sorted(s.chunk.row for some in lists for s in some) == list(range(1000))
+    for some in lists:
+        plan = StepPlan.of(some, CPU, 0, Memory(CPU, workspace))
+        share = scratch.Compaction.of(plan.extent, SIDE, limit)
+        together = min(layers, share.layers)
+        found = scratch.sharing(
+            plan.extent, plan.kind, SIDE, together, True, limit=share.sharing_limit
+        )
+        Scores.make(plan, SIDE.heads, SIDE.model.size, together, torch.bfloat16)
+        Work.make(plan, SIDE.heads, together, found)
+        programs = max(1, share.spare // scratch.spare_bytes(plan.extent, SIDE))
+        plan.memory.empty(programs, scratch.spare_bytes(plan.extent, SIDE), dtype=torch.uint8)
+        assert plan.memory.used <= limit
+    print(len(lists), "plans in", limit >> 20, "MiB")
+
+
 def allocate(plan, side):
     """What a chunk's plan takes, with a dense copy."""
     plan.memory.empty(plan.extent.dense, side.heads, 2 * side.model.size, dtype=torch.bfloat16)

@@ -32,12 +32,14 @@ class Limits(NamedTuple):
         cap = config.memory_cap(length)
         factor = config.wide_factor if config.wide_layers else 1
         try:
-            found = config.shape(cap, config.profile), config.wide_shape(cap, config.profile)
+            shapes = [config.shape(cap, config.profile)]
+            if wide := config.wide_shape(cap, config.profile):
+                shapes.append(wide)
         except ValueError:  # too few tokens for any event
-            found = None, None
+            shapes = []
         return cls(
             min(cap * factor, length), scheduler.max_num_batched_tokens, scheduler.max_num_seqs,
-            tuple(shape for shape in found if shape),
+            tuple(shapes),
         )  # fmt: skip
 
 

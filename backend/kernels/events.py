@@ -78,75 +78,86 @@ def round_width(shape: Shape) -> int:
 def build(event: Event, width: int) -> EventRows:
     """Compose the event's operations; at most `width` halvings share a round."""
     base = event.incoming_start + event.incoming
-    order = [(0, base, 0)] if base else []  # runs of the slots: first id, count, depth
-    runs: list[tuple[int, int]] = []
-    planned: list[tuple[int, bool, tuple]] = []
+    order = [(0, base, 0)]  # runs of the slots: first id, count, depth
+    runs: list[int] = []
+    planned: list[tuple[int, bool, int]] = []  # depth, whether alone in its round, index
+    rows: list[tuple[int, ...]] = []
     ids, following, longest = 0, base, 0
-    for index, op in enumerate(event.ops):
-        draw = op.kind == DRAW
-        kept = 1 if draw else op.length // 2
-        inputs, depth = _replace(order, op.start, op.length, following, kept)
-        row = (op.kind, op.length, op.seen, index, ids, following)
-        planned.append((depth, draw or op.length > TILE_POINTS, row))
-        runs += inputs
-        ids += op.length
+    for index, (kind, start, length, _, seen) in enumerate(event.ops):
+        kept = 1 if kind == DRAW else length // 2
+        depth = _replace(order, start, length, following, kept, runs)
+        planned.append((depth, kind == DRAW or length > TILE_POINTS, index))
+        rows.append((kind, length, seen, index, ids, following))
+        ids += length
         following += kept
-        if not draw:
-            longest = max(longest, op.length)
-    runs += [(first, count) for first, count, _ in order]
-    after = sum(count for _, count, _ in order)
-    ops, rounds = _rounds(planned, width)
+        if kind != DRAW and length > longest:
+            longest = length
+    after = 0
+    for first, count, _ in order:
+        runs += first, count
+        after += count
+    planned.sort()
+    ops: list[int] = []
+    for _, _, index in planned:
+        ops += rows[index]
     return EventRows(
-        np.array(ops, np.int32).reshape(-1, tables.OP),
-        np.array(rounds, np.int32).reshape(-1, 2),
-        np.array(runs, np.int32).reshape(-1, 2),
-        ids + after, ids, base, after, following - base, longest,
+        _rows(ops, tables.OP), _rows(_rounds(planned, width), 2), _rows(runs, 2), ids + after, ids,
+        base, after, following - base, longest,
     )  # fmt: skip
 
 
+def _rows(flat: list[int], columns: int) -> np.ndarray:
+    return np.array(flat, np.int32).reshape(-1, columns)
+
+
 def _replace(
-    order: list[tuple[int, int, int]], start: int, length: int, first_output: int, outputs: int
-) -> tuple[list[tuple[int, int]], int]:
-    """Replace slots [start, start + length) by fresh ids -> runs of what they held, its depth."""
+    order: list[tuple[int, int, int]], start: int, length: int, first_output: int, outputs: int,
+    runs: list[int],
+) -> int:  # fmt: skip
+    """Replace slots [start, start + length) by fresh ids and add the runs of what they held to
+    `runs` -> its depth."""
     i = 0
-    while start >= order[i][1]:
-        start -= order[i][1]
+    for _, count, _ in order:
+        if start < count:
+            break
+        start -= count
         i += 1
-    taken, depth, j, skip, left = [], 0, i, start, length
-    while left:
+    depth, j, skip = 0, i, start
+    while True:
         first, count, level = order[j]
-        here = min(count - skip, left)
-        taken.append((first + skip, here))
-        depth = max(depth, level)
-        left -= here
-        rest = count - skip - here
-        skip = 0
         j += 1
-    pieces = [(order[i][0], start, order[i][2])] if start else []
-    pieces.append((first_output, outputs, depth + 1))
-    if rest:
-        pieces.append((first + count - rest, rest, level))
+        here = count - skip
+        if level > depth:
+            depth = level
+        if here >= length:
+            break
+        runs += first + skip, here
+        length -= here
+        skip = 0
+    runs += first + skip, length
+    pieces = [(first_output, outputs, depth + 1)]
+    if start:
+        pieces.insert(0, (order[i][0], start, order[i][2]))
+    if here > length:
+        pieces.append((first + skip + length, here - length, level))
     order[i:j] = pieces
-    return taken, depth
+    return depth
 
 
-def _rounds(
-    planned: list[tuple[int, bool, tuple]], width: int
-) -> tuple[list[tuple], list[list[int]]]:
-    """Group operations of equal depth, at most `width` of them; long ones and draws alone."""
-    ops: list[tuple] = []
-    rounds: list[list[int]] = []
+def _rounds(planned: list[tuple[int, bool, int]], width: int) -> list[int]:
+    """First operation and their number, by round: of equal depth and at most `width`; long ones
+    and draws alone."""
+    rounds: list[int] = []
     open_depth, room = -1, 0
-    for depth, alone, row in sorted(planned, key=lambda item: item[:2]):
+    for i, (depth, alone, _) in enumerate(planned):
         if alone or depth != open_depth or not room:
-            rounds.append([len(ops), 0])
+            rounds += i, 0
             open_depth, room = depth, 0 if alone else width
-        rounds[-1][1] += 1
+        rounds[-1] += 1
         room -= 1
         if alone:
             open_depth = -1
-        ops.append(row)
-    return ops, rounds
+    return rounds
 
 
 def spread(runs: np.ndarray) -> np.ndarray:

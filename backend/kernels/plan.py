@@ -194,9 +194,12 @@ class StepPlan:
         for span in spans:
             writer.add(span, tile)
         arrays = writer.arrays()
+        requests, events, items, rounds, ops, ids, bias, zero = to_device(
+            [*arrays, np.zeros(1, np.int64)], device
+        )
         return cls(
-            kinds.pop() if kinds else None, extent, len(arrays[2]),
-            *to_device([*arrays, np.zeros(1, np.int64)], device), memory or Memory(device),
+            kinds.pop() if kinds else None, extent, len(arrays[2]), requests, events, items, rounds,
+            ops, ids, bias, zero, memory or Memory(device),
         )  # fmt: skip
 
 
@@ -270,8 +273,8 @@ class _Writer:
         chunk, window = span.chunk, span.chunk.layout.shape.window
         bounds = [chunk.start, *(e.position for e in span.events), span.stop]
         past = chunk.layout.events_done(chunk.start)
-        states = [chunk.layout.event(past - 1)] if past else [None]
-        states += span.events
+        before = chunk.layout.event(past - 1) if past else None
+        states = [before, *span.events]
         found = []
         for k, state in enumerate(states):
             low, high = bounds[k], bounds[k + 1]

@@ -27,6 +27,8 @@ from .plan import Extent, Span, cdiv
 LEAST = 256 << 20
 #: Bytes of scores and lists for some layers, and of rows that are being moved: more is no faster.
 _SCORES, _SPARE = 96 << 20, 64 << 20
+#: Between tensors: what aligning them may take, more than a launch has of them.
+_SLACK = 16 * aligned(1)
 #: Tokens of a chunk of the largest budget that are not cut.
 _PIECE = 8192
 
@@ -96,7 +98,8 @@ def sharing(
     )  # fmt: skip
     shared = 4 * RING_ROWS * SLICES + 2 * outputs + masses
     if limit is not None:
-        teams = max(1, min(teams, limit // (4 * (team * (2 * virtual + scratch) + shared))))
+        words = limit // 4 - teams - extent.requests * side.heads  # less the counters
+        teams = max(1, min(teams, words // (team * (2 * virtual + scratch) + shared)))
     before = cdiv(1 + teams, 4) * 4  # pointers keep their alignment
     counters = before + extent.requests * side.heads
     return Sharing(tasks, team, teams, scratch, virtual, outputs, shared, counters)
@@ -151,7 +154,7 @@ class Compaction(NamedTuple):
         layers = max(2, scores // layer_bytes(extent, side) // 2 * 2)
         if limit is None:
             return cls(layers, None, _SPARE)
-        return cls(layers, limit // 4 - 8 * aligned(1), min(_SPARE, limit // 4))
+        return cls(layers, limit // 4 - _SLACK, min(_SPARE, limit // 4))
 
 
 def spare_bytes(extent: Extent, side: Side) -> int:
@@ -164,7 +167,7 @@ def compaction_fits(extent: Extent, kind: Kind, side: Side, limit: int) -> bool:
     one = sharing(extent, kind, side, 1, True, limit=0)
     return (
         2 * layer_bytes(extent, side) <= limit // 2
-        and one.nbytes <= limit // 4 - 8 * aligned(1)
+        and one.nbytes <= limit // 4 - _SLACK
         and spare_bytes(extent, side) <= limit // 4
     )
 
@@ -230,7 +233,7 @@ def workspace_bytes(slots: int, tokens: int, shape: Shape | None, side: Side) ->
     program = max(sharing(one, kind, side, 1, True, limit=0).nbytes for kind in kinds)
     needs += [
         4 * layer_bytes(one, side),
-        4 * (program + 8 * aligned(1)),
+        4 * (program + _SLACK),
         4 * spare_bytes(one, side),
     ]
     piece = min(tokens, _PIECE)
