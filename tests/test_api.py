@@ -529,7 +529,7 @@ def application(backend):
     """A FastAPI application with our middleware and as much of vLLM's state as decides about it."""
     app = FastAPI()
     app.add_middleware(ExpressMiddleware)
-    attention = SimpleNamespace(backend=SimpleNamespace(name=backend))
+    attention = SimpleNamespace(backend=SimpleNamespace(name=backend), backend_per_kind={})
     app.state.vllm_config = SimpleNamespace(attention_config=attention)
     app.state.engine_client = object()
     return app
