@@ -25,7 +25,8 @@ def engine_config(model_path, **arguments):
     """The VllmConfig that `vllm serve` would make, without starting an engine."""
     from vllm.engine.arg_utils import EngineArgs
 
-    return EngineArgs(model=str(model_path), max_model_len=2048, **arguments).create_engine_config()
+    arguments = {"max_model_len": 2048, **arguments}
+    return EngineArgs(model=str(model_path), **arguments).create_engine_config()
 
 
 def test_the_plugin_is_registered():
@@ -472,3 +473,22 @@ def test_check_explains_a_configuration(capsys):
 def test_the_conflict_matrix_is_current():
     page = ROOT / "docs" / "conflicts.md"
     assert page.read_text() == conflicts.matrix(), "express-vllm conflicts > docs/conflicts.md"
+
+
+def test_a_gpu_server_of_fewer_than_128_tokens_warms_up(model_path, monkeypatch):
+    """Every request is exact there; the kernels of chunks are compiled with the least layout."""
+    import torch
+
+    from express_vllm.backend.gpu import warmup
+
+    config = engine_config(model_path, attention_backend="express", max_model_len=100)
+    impl = SimpleNamespace(first_kv_head=0, num_kv_heads=2, num_heads=4, scale=1.0)
+    layer = SimpleNamespace(
+        kv_cache=torch.zeros(1, 2, 16, 64), layer_name="model.layers.0.attn", impl=impl
+    )
+    config.compilation_config.static_forward_context["layer"] = layer
+    seen = []
+    monkeypatch.setattr(warmup.step, "warm_up", lambda layout, *_: seen.append(layout.shape.slots))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    warmup.warm_up(config, torch.device("cpu"))
+    assert seen == [128]
