@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .layout import MAX_TOKENS
 from .plugin import SUPPORTED_VLLM
 
 if TYPE_CHECKING:
@@ -194,6 +195,12 @@ CONFLICTS = (
         "sleep mode, elastic expert parallelism, fault tolerance", _restarts,
         "they take memory or workers away from under a running engine, which was not tried",
         "drop --enable-sleep-mode, --enable-elastic-ep, --enable-fault-tolerance",
+    ),
+    Conflict(
+        f"sequences of more than {MAX_TOKENS:,} tokens",
+        lambda c: c.model_config.max_model_len > MAX_TOKENS,
+        "positions and the levels of a coreset are laid out for so many",
+        f"give a --max-model-len of at most {MAX_TOKENS}",
     ),
     Conflict(
         "MLA models", _model("use_mla"),

@@ -16,6 +16,7 @@ from typing import ClassVar
 import pytest
 
 from express_vllm import cli, conflicts
+from express_vllm.layout import MAX_TOKENS
 from express_vllm.plugin import BACKEND_NAME, register
 
 ROOT = Path(__file__).parent.parent
@@ -209,6 +210,7 @@ def changed(config, path, value):
         ("attention_config.backend_per_kind", {"full_attention": None},
          "attention backends by kind of layer"),
         ("aux_output_config.enable_return_routed_experts", True, "routed experts in answers"),
+        ("model_config.max_model_len", MAX_TOKENS + 1, "sequences of more than 16,777,216 tokens"),
         ("model_config.use_mla", True, "MLA models"),
         ("model_config.is_encoder_decoder", True, "encoder-decoder models"),
         ("model_config.is_hybrid", True, "attention-free and hybrid state models"),
@@ -473,22 +475,3 @@ def test_check_explains_a_configuration(capsys):
 def test_the_conflict_matrix_is_current():
     page = ROOT / "docs" / "conflicts.md"
     assert page.read_text() == conflicts.matrix(), "express-vllm conflicts > docs/conflicts.md"
-
-
-def test_a_gpu_server_of_fewer_than_128_tokens_warms_up(model_path, monkeypatch):
-    """Every request is exact there; the kernels of chunks are compiled with the least layout."""
-    import torch
-
-    from express_vllm.backend.gpu import warmup
-
-    config = engine_config(model_path, attention_backend="express", max_model_len=100)
-    impl = SimpleNamespace(first_kv_head=0, num_kv_heads=2, num_heads=4, scale=1.0)
-    layer = SimpleNamespace(
-        kv_cache=torch.zeros(1, 2, 16, 64), layer_name="model.layers.0.attn", impl=impl
-    )
-    config.compilation_config.static_forward_context["layer"] = layer
-    seen = []
-    monkeypatch.setattr(warmup.step, "warm_up", lambda layout, *_: seen.append(layout.shape.slots))
-    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
-    warmup.warm_up(config, torch.device("cpu"))
-    assert seen == [128]

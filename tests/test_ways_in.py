@@ -27,7 +27,7 @@ def server(tmp_path_factory):
     model = random_llama.write(folder / "model")
     with serve(
         model, folder / "log.txt", "--max-model-len", "auto", "--num-gpu-blocks-override", "28",
-        "--enable-prompt-embeds", "--max-num-batched-tokens", "1024",
+        "--enable-prompt-embeds", "--enable-scale-out", "--max-num-batched-tokens", "1024",
     ) as running:  # fmt: skip
         assert running.client.get("/v1/models").json()["data"][0]["max_model_len"] == FITTED
         yield running

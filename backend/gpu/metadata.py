@@ -89,11 +89,11 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
             return ExpressMetadata(
                 table, self._rows.idle(common.num_reqs) if single else None, self._timer
             )
+        budgets = step.of(names)
         self.layers.memory.begin()
         counts = np.diff(common.query_start_loc_cpu.numpy())[: len(names)]
         stops = common.seq_lens_cpu_upper_bound.numpy()[: len(names)]
         decodes = int(np.argmax(counts != 1)) if (counts != 1).any() else len(names)
-        budgets = step.of(names)
         due = self._rows.update(
             common.req_idx[:decodes], names[:decodes], budgets[:decodes], stops[:decodes] - 1
         )
