@@ -35,7 +35,7 @@ def warm_up(vllm_config: VllmConfig, device: torch.device) -> None:
     start = time.monotonic()
     config = server_config(vllm_config)
     shape = made_up(config, config.memory_cap(vllm_config.model_config.max_model_len))
-    count = 64 if shape is EXACT_SHAPE else shape.first_event + shape.interval
+    count = 64 if shape is EXACT_SHAPE else layout_for(shape).position(1)
     for layer in {x.kv_cache.shape: x for x in found}.values():
         layers = LayerGroup.of([layer])
         _, kv_heads, block_size, width = layers.cache.shape

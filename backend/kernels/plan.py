@@ -115,7 +115,7 @@ class Span:
         final = events[-1].live_after if compacting and events else layout.live(stop)
         return cls(
             chunk, events, rows, old, known, stored, final, stop,
-            shape.first_event + end * shape.interval,
+            layout.position(end),
             _extent(chunk, events, rows, old, max(1, known, stored), final, stop),
         )  # fmt: skip
 
