@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
+from budgets import resolve
 
 from express_vllm.backend.cpu.metadata import plan_batch
 from express_vllm.backend.cpu.path import CpuPath
-from express_vllm.budget import ServerConfig, resolve
+from express_vllm.config import ServerConfig
 from express_vllm.layout import layout_for
 from express_vllm.reference.cache import ExpressCache
 

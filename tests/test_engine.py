@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from budgets import resolve
 
 from express_vllm import smallmodel
-from express_vllm.budget import ServerConfig, resolve
+from express_vllm.config import ServerConfig
 from express_vllm.server.usage import Sequence, usage
 
 pytestmark = pytest.mark.server
