@@ -351,7 +351,7 @@ VLLM_FAULTS = (
         "they get another request's adapter "
         "([its repair](https://github.com/vllm-project/vllm/pull/48421) is not in it)",
         "the same: serve the bare model by a server of its own "
-        "(`pytest -m slow tests/test_lora.py`)",
+        "(`pytest -m slow tests/engine/test_lora.py`)",
     ),
     (
         'a JSON schema that only refers to itself, `{"$ref": "#"}`',

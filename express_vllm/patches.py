@@ -1,6 +1,6 @@
 """Every change to vLLM that has no extension point: one function each, applied when it is needed.
 
-`tests/test_patches.py` holds what they rely on against the installed vLLM.
+`tests/contracts/test_patches.py` holds what they rely on against the installed vLLM.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def test_commands_exist(path):
             assert target in targets, line
         for module in re.findall(r"python3? -m ((?:bench|express_vllm)[\w.]*)", line):
             assert importlib.util.find_spec(module), line
-        for script in re.findall(r"(?<![\w/.-])((?:deploy|examples)/[\w./-]+\w)", line):
+        for script in re.findall(r"(?<![\w/.-])((?:deploy|examples|tests)/[\w./-]+\w)", line):
             assert (ROOT / script).exists(), line
         for command in re.findall(r"express-vllm ([a-z]+)(?= |$)", line):
             assert command in ("doctor", "check", "conflicts"), line
