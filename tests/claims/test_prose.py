@@ -18,7 +18,7 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/**/*.md", "examples/*.md", "tests/*.md", "bench/**/*.md")
     for path in ROOT.glob(pattern)
 )
-README_LINES, SENTENCE_WORDS = 130, 35
+README_LINES, SENTENCE_WORDS = 125, 35
 
 FENCED = re.compile(r"^```.*?^```", re.M | re.S)
 LINK = re.compile(r"!?\[([^\]]*)\]\(([^)\s]+)\)")
