@@ -24,6 +24,7 @@ from .fields import (
     unknown,
 )
 from .layout import (
+    EXACT_SHAPE,
     MIN_SLOTS,
     PROFILES,
     RING_SLOTS,
@@ -50,7 +51,8 @@ FIELDS = {PREFIX + name: str(f.description) for name, f in Fields.model_fields.i
 
 @dataclass(frozen=True)
 class Budget:
-    """A resolved budget.  `shape` is None when every token is kept (then `slots` are needed).
+    """A resolved budget.  When every token is kept it is `exact`: its shape is EXACT_SHAPE, and
+    `slots` is the request's greatest length.
 
     Slots are those of an ordinary layer; a wide layer holds `wide`, which is None when the server
     has no wide layers or every token is kept (wide.py).
@@ -62,34 +64,39 @@ class Budget:
     seed: int
     profile: str
     slots: int
-    shape: Shape | None
+    shape: Shape
     wide: Shape | None = None
 
     @property
-    def layout(self) -> Layout | None:
-        return None if self.shape is None else layout_for(self.shape)
+    def exact(self) -> bool:
+        """Whether every token is kept."""
+        return self.shape.exact
 
-    def layout_in(self, wide: bool) -> Layout | None:
+    @property
+    def layout(self) -> Layout:
+        return layout_for(self.shape)
+
+    def layout_in(self, wide: bool) -> Layout:
         """The layout in wide layers or in ordinary ones."""
-        return layout_for(self.wide) if wide and self.wide else self.layout
+        return layout_for((wide and self.wide) or self.shape)
 
     def compactions(self, tokens: int) -> int:
         """Events that have run when `tokens` tokens are stored."""
-        return 0 if self.shape is None else layout_for(self.shape).events_done(tokens)
+        return self.layout.events_done(tokens)
 
     def reserved(self, tokens: int) -> int:
         """Slots that must be allocated once `tokens` tokens are stored.
 
         Their blocks suffice in wide layers too: a block holds `wide_factor` times as many there.
         """
-        return tokens if self.shape is None else layout_for(self.shape).reserved(tokens)
+        return self.layout.reserved(tokens)
 
     @property
     def packed(self) -> list[Any]:
         """What `unpack` makes the budget from, in types that JSON and msgpack have."""
         return [
             self.mode, self.memory_tokens, self.compute_tokens, self.seed, self.profile, self.slots,
-            self.shape is not None,
+            not self.exact,
         ]  # fmt: skip
 
 
@@ -243,9 +250,9 @@ def resolve(
     if mode == "exact":
         given = asked.memory_tokens is not None or asked.memory is not None
         _check_exact(length, memory, given, prefix)
-        return Budget(mode, memory, compute, seed, profile, length, None)
+        return Budget(mode, memory, compute, seed, profile, length, EXACT_SHAPE)
     if length <= compute:
-        return Budget(mode, memory, compute, seed, profile, length, None)
+        return Budget(mode, memory, compute, seed, profile, length, EXACT_SHAPE)
     memory, compute = config.granted(memory), on_grid(compute)
     slots = min(memory, compute + config.ring)
     try:
@@ -263,7 +270,7 @@ def unpack(packed: object, config: ServerConfig, length: int, max_model_len: int
     if not isinstance(packed, list) or len(packed) != 7:
         raise ValueError("the request has no budget that was resolved by this version")
     mode, memory, compute, seed, profile, slots, bounded = packed
-    shape = wide = None
+    shape, wide = EXACT_SHAPE, None
     if bounded:
         shape, wide = config.shape(slots, profile), config.wide_shape(slots, profile)
     too_small = not bounded and slots < min(length, max_model_len)

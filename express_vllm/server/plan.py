@@ -93,11 +93,9 @@ def plan(
     )
 
 
-def attended(layout: Layout | None, start: int, stop: int) -> Attended:
+def attended(layout: Layout, start: int, stop: int) -> Attended:
     """Over states of `start` to `stop` - 1 tokens."""
     exact = (start + stop - 1) / 2
-    if layout is None:
-        return Attended(mean=exact, most=stop - 1, exact_mean=exact)
     found = layout.attended(start, stop)
     mean = round(found.total / (stop - start), 2)
     return Attended(mean=mean, most=found.most, exact_mean=exact)
@@ -105,7 +103,7 @@ def attended(layout: Layout | None, start: int, stop: int) -> Attended:
 
 def error_bound(budget: Budget, config: ServerConfig) -> Bound:
     """The published bound, and whether it is about what runs here."""
-    if budget.shape is None:
+    if budget.exact:
         return Bound(applies=True, factor=0.0, coreset_tokens=None, note="every token is kept")
     if config.schedule == "paper":
         target = budget.shape.target
