@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from express_vllm.budget import ServerConfig
+from express_vllm.config import ServerConfig
 from express_vllm.layout import PROFILES, Shape, make_shape
 from express_vllm.wide import settle
 

@@ -24,7 +24,7 @@ AT_ONCE = 48
 #: What a process may still grow by after a third of the requests, bytes.
 FLAT = 48 << 20
 GAUGES = (
-    "vllm:express_kv_slots_held", "vllm:express_kv_slots_exact", "vllm:express_requests_running",
+    "vllm:express_held_kv_tokens", "vllm:express_exact_kv_tokens", "vllm:express_requests_running",
     "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
 )  # fmt: skip
 

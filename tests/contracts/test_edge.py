@@ -21,8 +21,9 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from express_vllm import edge
+from express_vllm import edge, patches
 from express_vllm.budget import PREFIX
+from express_vllm.settings import Settings
 
 
 def processor(model_path, length=2048, **express):
@@ -96,10 +97,10 @@ def test_what_is_admitted_the_engine_reads(processors, which, prompt, tokens, ou
     assert (name, length, sequences) == ("name", tokens, n)
     arrived = sent(request)
     assert set(arrived.sampling_params.extra_args) == {"other", edge.GRANTED}
-    settled = edge.Edge.of(here.vllm_config)
-    assert edge.granted(arrived, settled.config, settled.max_model_len) == budget
+    settled = Settings.of(here.vllm_config)
+    assert edge.granted(arrived, settled) == budget
     most = min(tokens + arrived.max_tokens, settled.max_model_len)
-    assert budget.reserved(most) <= settled.config.memory_cap(settled.max_model_len)
+    assert budget.reserved(most) <= settled.most_slots
 
 
 class Heard:
@@ -167,9 +168,9 @@ STRANGE = {
     "no budget": {},
     "an old client's": {"express_memory_tokens": 300},
     "not a list": {edge.GRANTED: "express"},
-    "another server's": {edge.GRANTED: ["express", 99999, 99999, 0, "recent", 99999, True]},
-    "too small": {edge.GRANTED: ["exact", 512, 512, 0, "recent", 8, False]},
-    "wrong types": {edge.GRANTED: ["express", None, [], {}, 7, "512", True]},
+    "another server's": {edge.GRANTED: ["express", 99999, 99999, 0, "recent", 99999, True, 0]},
+    "too small": {edge.GRANTED: ["exact", 512, 512, 0, "recent", 8, False, 0]},
+    "wrong types": {edge.GRANTED: ["express", None, [], {}, 7, "512", True, 0]},
 }
 
 
@@ -223,15 +224,15 @@ def _run(output):
 
     add("alone")
     alone = finish()["alone"].token_ids
-    admit = edge.Edge.admit
+    admit = edge.admit
 
-    def strange_admit(self, request):
+    def strange_admit(request, settled):
         if request.request_id in STRANGE:
             request.sampling_params.extra_args = STRANGE[request.request_id]
         else:
-            admit(self, request)
+            admit(request, settled)
 
-    edge.Edge.admit = strange_admit
+    patches.admit = strange_admit
     add("honest")
     for name in STRANGE:
         add(name)

@@ -78,11 +78,11 @@ def test_every_express_metric_is_on_a_dashboard(known):
         ("rate(vllm:express_compaction_total[5m])", "not export vllm:express_compaction_total"),
         ("vllm:gpu_cache_usage_perc", "does not export vllm:gpu_cache_usage_perc"),
         (
-            'vllm:express_kv_slots_held{modell="x"}',
+            'vllm:express_held_kv_tokens{modell="x"}',
             "has no label modell",
         ),
         ("sum by (reason) (vllm:express_requests_total)", "has no label reason"),
-        ("express:kv_slots_held:median", "does not export express:kv_slots_held:median"),
+        ("express:held_kv_tokens:median", "does not export express:held_kv_tokens:median"),
     ],
 )
 def test_a_wrong_query_is_refused(known, query, words):

@@ -134,11 +134,11 @@ def test_prometheus_counts_what_the_clients_saw(loaded):
 def test_held_slots_stay_below_exact_and_return_to_zero(loaded):
     url = loaded[0]
     peak = "max_over_time({}[5m])"
-    held = max(ask(url, peak.format("vllm:express_kv_slots_held")).values())
-    exact = max(ask(url, peak.format("vllm:express_kv_slots_exact")).values())
+    held = max(ask(url, peak.format("vllm:express_held_kv_tokens")).values())
+    exact = max(ask(url, peak.format("vllm:express_exact_kv_tokens")).values())
     assert 0 < held <= exact
-    assert set(ask(url, "vllm:express_kv_slots_held").values()) == {0}
-    ratio = ask(url, "min_over_time(express:kv_slots_held:ratio[5m])")
+    assert set(ask(url, "vllm:express_held_kv_tokens").values()) == {0}
+    ratio = ask(url, "min_over_time(express:held_kv_tokens:ratio[5m])")
     assert 0 < min(ratio.values()) < 0.9, "budgets of 256 and 512 hold less than exact attention"
 
 

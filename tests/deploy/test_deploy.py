@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from express_vllm.budget import ServerConfig
+from express_vllm.config import ServerConfig
 
 ROOT = Path(__file__).parents[2]
 DEPLOY, CHART = ROOT / "deploy", ROOT / "deploy" / "helm" / "express-vllm"

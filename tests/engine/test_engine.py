@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from budgets import resolve
 from engines import BLOCK, OWN, SUPPORT, request, run_engine, same_tokens
 
-from express_vllm.budget import ServerConfig, resolve
+from express_vllm.config import ServerConfig
 from express_vllm.server.usage import Sequence, usage
 
 pytestmark = pytest.mark.server

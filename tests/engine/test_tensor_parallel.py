@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import random_llama
 import torch
+from budgets import resolve
 from engines import BLOCK, POOL, SUPPORT, request, run_engine
 from serving import serve
 
 from express_vllm.backend.cpu.metadata import plan_batch
 from express_vllm.backend.cpu.path import CpuPath
-from express_vllm.budget import ServerConfig, resolve
+from express_vllm.config import ServerConfig
 
 GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(bool(GPUS), reason="gloo ranks share a CPU; see test_gpu2.py")

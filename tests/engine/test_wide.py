@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from budgets import WIDE, resolve
 from cpu_layer import KV_HEADS, Runner, drive, make_batch
 from engines import engine_config, request, run_engine, same_tokens
 
@@ -13,7 +14,8 @@ from bench.quality.policies import DEFAULT, Policy
 from express_vllm import smallmodel
 from express_vllm.backend.attention import ExpressBackend
 from express_vllm.backend.pages import slot_pages
-from express_vllm.budget import BudgetError, ServerConfig, resolve
+from express_vllm.config import ServerConfig
+from express_vllm.fields import BudgetError
 from express_vllm.scheduler.spec import ExpressSpec
 from express_vllm.wide import MEASURED, settle
 
@@ -66,9 +68,14 @@ def test_a_budget_has_both_shapes_and_its_blocks_suffice_for_both(small_config):
     for fields in ({}, {"express_compute_tokens": 600}, {"express_profile": "even"}):
         budget = resolve(
             {"express_memory_tokens": 700, **fields}, config, prompt_tokens=6000, max_tokens=0,
-            max_model_len=8192,
+            size=WIDE,
         )  # fmt: skip
-        assert budget.wide.slots == 4 * budget.shape.slots
+        # 27 and 3 layers, whose mean is what was granted.
+        held, attended = budget.memory_tokens, budget.compute_tokens
+        assert 27 * budget.slots + 3 * budget.wide.slots <= 30 * held <= 30 * 700
+        live = [layout.attended_peak for layout in (budget.layout, budget.layout_in(True))]
+        assert 30 * (attended - 20) < 27 * live[0] + 3 * live[1] <= 30 * attended
+        assert budget.wide.slots <= 4 * budget.shape.slots
         wide, plain = budget.layout_in(True), budget.layout_in(False)
         assert plain is budget.layout is not wide
         for tokens in range(0, 6000, 7):

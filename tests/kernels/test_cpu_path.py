@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from budgets import resolve
 from cpu_layer import GROUP, KV_HEADS, Runner, chunks, drive, make_batch
 
-from express_vllm.budget import ServerConfig, resolve
+from express_vllm.config import ServerConfig
 from express_vllm.layout import layout_for
 from express_vllm.reference.cache import ExpressCache
 

@@ -70,7 +70,7 @@ def test_metrics_count_over_both_servers(pair):
                 found += float(line.rsplit(" ", 1)[1])
         return found
 
-    before = {name: total(name) for name in ("requests_total", "peak_slots_count")}
+    before = {name: total(name) for name in ("requests_total", "peak_kv_tokens_count")}
     refused = total("refused_requests_total", reason="memory_tokens")
     for _ in range(12):
         for express, status in (('{"memory_tokens": 256}', 200), ('{"memory_tokens": 1}', 400)):
@@ -83,8 +83,8 @@ def test_metrics_count_over_both_servers(pair):
                 assert answer.json()["usage"]["express"]["memory_tokens"] == 256
     wait_for_rest(pair)
     assert total("requests_total") - before["requests_total"] == 12
-    assert total("peak_slots_count") - before["peak_slots_count"] == 12
+    assert total("peak_kv_tokens_count") - before["peak_kv_tokens_count"] == 12
     assert total("refused_requests_total", reason="memory_tokens") - refused == 12
-    assert total("kv_slots_held") == total("requests_running") == 0
+    assert total("held_kv_tokens") == total("requests_running") == 0
     log = pair.log.read_text()
     assert log.count("express: request API at /v1/express") == 2, "in both processes"

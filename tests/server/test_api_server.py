@@ -49,7 +49,7 @@ def used(usage):
 def test_completions_report_what_the_cache_held(server, client, long_prompt):
     """The same numbers as the engine's own blocks and metrics."""
     names = (
-        "peak_slots_sum",
+        "peak_kv_tokens_sum",
         "compactions_total",
         "tokens_thinned_total",
         "compaction_seconds_sum",
@@ -72,7 +72,7 @@ def test_completions_report_what_the_cache_held(server, client, long_prompt):
     }  # fmt: skip
     assert found["compactions"] > 10
     assert max(seen) == math.ceil(found["peak_kv_tokens"] / BLOCK_SIZE)
-    assert server.metric("vllm:express_peak_slots_sum") - before["peak_slots_sum"] == 512
+    assert server.metric("vllm:express_peak_kv_tokens_sum") - before["peak_kv_tokens_sum"] == 512
     more = server.metric("vllm:express_compactions_total") - before["compactions_total"]
     assert more == found["compactions"]
     thinned = server.metric("vllm:express_tokens_thinned_total") - before["tokens_thinned_total"]
@@ -250,7 +250,7 @@ def test_recent_requests_are_listed_without_their_text(server):
     newest = status.json()["requests"][0]
     assert newest["route"] == "/v1/completions" and not newest["running"]
     assert newest["usage"] == answer.json()["usage"]["express"]
-    assert status.json()["kv_slots"] == (BLOCKS - 1) * BLOCK_SIZE
+    assert status.json()["kv_tokens"] == (BLOCKS - 1) * BLOCK_SIZE
 
 
 # --- everything else is vLLM's ------------------------------------------------------------------

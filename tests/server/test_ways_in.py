@@ -18,7 +18,7 @@ from serving import serve
 pytestmark = [pytest.mark.ops, pytest.mark.server]
 #: 27 usable blocks of 64 slots: the length that the engine fits.
 FITTED = 27 * 64
-COUNT, SUM = (f"vllm:express_requested_memory_tokens_{part}" for part in ("count", "sum"))
+COUNT, SUM = (f"vllm:express_memory_tokens_{part}" for part in ("count", "sum"))
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
 """Compile every variant of the kernels for sm_90 without a GPU.
 
-`python tests/support/compile_kernels.py`.  The constants come from `backend.kernels.constants`, as
-in a step.  Prints CPU seconds, registers, spilt bytes and shared memory of each.  `--only NAME`:
-kernels whose name holds NAME, `--models`: all (minutes), or some as dtype:size.
+Usage: `python tests/support/compile_kernels.py`.  The constants come from
+`backend.kernels.constants`, as in a step.  Prints CPU seconds, registers,
+spilt bytes and shared memory of each.  `--only NAME`: kernels whose name holds NAME, `--models`:
+all (minutes), or some as dtype:size.
 """
 
 from __future__ import annotations

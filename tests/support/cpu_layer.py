@@ -3,10 +3,11 @@
 import itertools
 
 import torch
+from budgets import resolve
 
 from express_vllm.backend.cpu.metadata import plan_batch
 from express_vllm.backend.cpu.path import CpuPath
-from express_vllm.budget import ServerConfig, resolve
+from express_vllm.config import ServerConfig
 
 KV_HEADS, GROUP = 2, 3
 SERVER = ServerConfig(seed=9)

@@ -110,7 +110,7 @@ def wait_for_rest(server, seconds=60):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         status = server.client.get("/v1/express/status").json()
-        if not (server.blocks() or status["kv_slots_held"] or status["requests_running"]):
+        if not (server.blocks() or status["held_kv_tokens"] or status["requests_running"]):
             return
         time.sleep(0.2)
     raise AssertionError(f"{server.blocks()} blocks are held, {status}")

@@ -10,6 +10,8 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+from budgets import EQUAL, WIDE, resolve
+from budgets import settings as server
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from hypothesis import given, settings
@@ -17,12 +19,12 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from express_vllm import schedules
-from express_vllm.budget import FIELDS, BudgetError, ServerConfig, on_grid, resolve
+from express_vllm.budget import FIELDS, on_grid
+from express_vllm.config import ServerConfig
 from express_vllm.edge import current
-from express_vllm.fields import Fields, limited, parse
+from express_vllm.fields import BudgetError, Fields, limited, parse
 from express_vllm.kvsize import KVSize
 from express_vllm.layout import layout_for
-from express_vllm.platforms.common import server_config
 from express_vllm.server import routes
 from express_vllm.server.answer import with_usage
 from express_vllm.server.body import budget, check_duplicates, named, refuse_beam_search
@@ -33,18 +35,16 @@ from express_vllm.server.settle import settled
 from express_vllm.server.table import decision
 from express_vllm.server.usage import Sequence, usage
 from express_vllm.server.watch import Call, watch
+from express_vllm.settings import Settings
 
 CONFIG = ServerConfig(memory_tokens=1024, max_memory_tokens=4096)
-SIZE = KVSize(layers=30, kv_heads=3, head_size=64, element_bytes=2, dtype="bfloat16")
-MODEL = CONFIG.fields(8192)
+SIZE = EQUAL
+MODEL = server(CONFIG).fields
 
 
 def ask(express, *, config=CONFIG, prompt=6000, max_tokens=100, prefix="express."):
-    _, arguments = budget({"express": express}, config.fields(8192))
-    return resolve(
-        arguments, config, prompt_tokens=prompt, max_tokens=max_tokens, max_model_len=8192,
-        slot_bytes=SIZE.slot_bytes, prefix=prefix,
-    )  # fmt: skip
+    _, arguments = budget({"express": express}, server(config).fields)
+    return resolve(arguments, config, prompt_tokens=prompt, max_tokens=max_tokens, prefix=prefix)
 
 
 # --- fields -------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_every_field_of_the_object_is_a_vllm_xarg_and_documented():
 )
 def test_the_object_and_vllm_xargs_are_the_same_budget(fields):
     xargs = {f"express_{name}": value for name, value in fields.items()}
-    same = resolve(xargs, CONFIG, prompt_tokens=6000, max_tokens=100, max_model_len=8192)
+    same = resolve(xargs, CONFIG, prompt_tokens=6000, max_tokens=100)
     assert ask(fields) == same
 
 
@@ -115,8 +115,8 @@ def test_the_schema_shows_the_operators_limits():
 
 def test_limits_hold_in_the_model_itself():
     with pytest.raises(BudgetError):
-        parse({"memory_tokens": 1025}, limited(128, 1024))
-    assert parse({"memory_tokens": 1024}, limited(128, 1024)).memory_tokens == 1024
+        parse({"memory_tokens": 1025}, limited(128, 128, 1024))
+    assert parse({"memory_tokens": 1024}, limited(128, 128, 1024)).memory_tokens == 1024
 
 
 # --- sizes --------------------------------------------------------------------------------------
@@ -124,8 +124,8 @@ def test_limits_hold_in_the_model_itself():
 
 @given(st.integers(128, 4096))
 def test_bytes_buy_whole_slots(slots):
-    exactly = ask({"memory": f"{slots * SIZE.slot_bytes}B"})
-    just_less = {"memory": f"{slots * SIZE.slot_bytes - 1}B"}
+    exactly = ask({"memory": f"{slots * SIZE.bytes_per_token}B"})
+    just_less = {"memory": f"{slots * SIZE.bytes_per_token - 1}B"}
     assert exactly.memory_tokens == on_grid(slots)
     if slots > 128:
         assert ask(just_less).memory_tokens == on_grid(slots - 1)
@@ -142,12 +142,7 @@ def test_a_share_of_a_short_request_is_at_least_the_minimum_and_then_exact():
     assert budget.memory_tokens == 128 and budget.shape is None
 
 
-def test_bytes_without_a_model_are_refused():
-    with pytest.raises(BudgetError, match="need a model"):
-        resolve({"express_memory": "1GiB"}, CONFIG, prompt_tokens=9, max_tokens=9, max_model_len=99)
-
-
-def test_a_slot_takes_what_vllms_pages_take(model_path):
+def test_memory_is_what_vllms_pages_take(model_path):
     from engines import engine_config
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -157,10 +152,12 @@ def test_a_slot_takes_what_vllms_pages_take(model_path):
         block_size=16, num_kv_heads=equal.kv_heads, head_size=equal.head_size,
         dtype=config.model_config.dtype,
     )  # fmt: skip
-    assert spec.page_size_bytes * equal.layers == 16 * equal.slot_bytes
+    assert spec.page_size_bytes * equal.layers == 16 * equal.bytes_per_token
     assert equal == SIZE
-    wide = KVSize.of(config, server_config(config))  # 3 of 30 layers with 4 times the slots
-    assert spec.page_size_bytes * (27 + 3 * 4) == 16 * wide.slot_bytes
+    wide = Settings.of(config).size  # 3 of 30 layers with 4 times the slots
+    assert wide == WIDE and wide.bytes_per_token == equal.bytes_per_token
+    block = spec.page_size_bytes * (27 + 3 * 4)
+    assert block <= wide.tokens(16) * wide.bytes_per_token < block + wide.bytes_per_token
 
 
 # --- usage and plans ----------------------------------------------------------------------------
@@ -170,7 +167,7 @@ def test_a_slot_takes_what_vllms_pages_take(model_path):
 @given(st.integers(128, 2048), st.integers(1, 8000), st.integers(1, 190))
 def test_usage_is_the_layouts(memory, prompt, output):
     budget = ask({"memory_tokens": memory}, prompt=prompt, max_tokens=192)
-    used = usage([Sequence(budget, prompt, output)])
+    used = usage([Sequence(budget, prompt, output)], SIZE)
     stored = prompt + output - 1
     assert used["exact_kv_tokens"] == stored
     assert used["peak_kv_tokens"] == budget.reserved(stored) <= max(memory, 0)
@@ -183,19 +180,26 @@ def test_usage_is_the_layouts(memory, prompt, output):
 def test_several_sequences_add_up():
     budget = ask({"memory_tokens": 256})
     one, other = Sequence(budget, 6000, 10), Sequence(budget, 6000, 60)
-    used = usage([one, other])
+    used = usage([one, other], SIZE)
     assert used["sequences"] == 2 and used["memory_tokens"] == 256
     for name in ("peak_kv_tokens", "exact_kv_tokens", "compactions"):
-        assert used[name] == usage([one])[name] + usage([other])[name]
+        assert used[name] == usage([one], SIZE)[name] + usage([other], SIZE)[name]
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(128, 1500), st.integers(1, 6000), st.integers(1, 700))
+@given(st.integers(167, 1500), st.integers(1, 6000), st.integers(1, 700))
 def test_attended_is_the_mean_of_live_slots(memory, start, length):
-    layout = ask({"memory_tokens": memory}, prompt=7000, max_tokens=900).layout
-    live = [layout.live(tokens) for tokens in range(start, start + length)]
-    found = attended(layout, start, start + length)
-    assert found.most == max(live)
+    config = ServerConfig(wide_layers=(18, 20, 23))
+    budget = resolve(
+        {"express_memory_tokens": memory}, config, prompt_tokens=7000, max_tokens=900, size=WIDE
+    )
+    ordinary, wide = budget.layout, budget.layout_in(True)
+    live = [
+        (27 * ordinary.live(tokens) + 3 * wide.live(tokens)) / 30
+        for tokens in range(start, start + length)
+    ]
+    found = attended(budget, server(config, size=WIDE), start, start + length)
+    assert max(live) <= found.most <= memory
     assert found.mean == pytest.approx(sum(live) / length, abs=0.006)
     assert found.exact_mean == sum(range(start, start + length)) / length
 
@@ -213,7 +217,7 @@ def test_a_plan_walks_no_events_and_keeps_nothing_of_its_budget(monkeypatch, sch
             max_model_len=length,
         )  # fmt: skip
         if memory % 1000 < 7:
-            found = plan(budget, config, SIZE, Capacity(9, 64, 9), 64, length - 64)
+            found = plan(budget, server(config, length), Capacity(9, 64, 9), 64, length - 64)
             assert found.compactions > 1000 and found.attended_tokens.most <= found.memory_tokens
         budget.layout.live(length)
     assert layout_for.cache_info().currsize < 100, "budgets lie on a grid"
@@ -222,9 +226,9 @@ def test_a_plan_walks_no_events_and_keeps_nothing_of_its_budget(monkeypatch, sch
 def test_a_plan_counts_blocks_bytes_and_how_many_fit():
     capacity = Capacity(blocks=159, block_size=64, max_requests=12)
     budget = ask({"memory_tokens": 512}, prompt=6000, max_tokens=41)
-    found = plan(budget, CONFIG, SIZE, capacity, 6000, 41)
+    found = plan(budget, server(CONFIG), capacity, 6000, 41)
     assert found.blocks.model_dump() == {"planned": 8, "exact": math.ceil(6040 / 64)}
-    assert found.bytes.planned == 512 * SIZE.slot_bytes
+    assert found.bytes.planned == 512 * SIZE.bytes_per_token
     assert found.concurrent_requests.model_dump() == {"planned": 12, "exact": 1}
     assert capacity.fits(2000) == 159 // 32
     assert not found.error_bound.applies and found.error_bound.factor is None
@@ -233,24 +237,24 @@ def test_a_plan_counts_blocks_bytes_and_how_many_fit():
 def test_the_papers_bound_is_given_for_the_papers_schedule():
     config = ServerConfig(schedule="paper", memory_tokens=1024)
     budget = ask({}, config=config)
-    found = plan(budget, config, SIZE, Capacity(9, 64, 9), 6000, 100).error_bound
+    found = plan(budget, server(config), Capacity(9, 64, 9), 6000, 100).error_bound
     target = budget.shape.target
     assert found.applies and found.coreset_tokens == target
     assert found.factor == pytest.approx(2 * math.sqrt(math.log2(target) + 6), abs=1e-3)
 
 
 def test_the_description_can_be_sent_as_json():
-    found = describe_server(CONFIG, SIZE, Capacity(159, 64, 12), 8192, MODEL)
+    found = describe_server(server(CONFIG), Capacity(159, 64, 12), MODEL)
     again = json.loads(json.dumps(found))
     assert again["limits"] == {
         "min_memory_tokens": 128, "max_memory_tokens": 4096, "max_model_len": 8192,
     }  # fmt: skip
-    assert again["bytes_per_token"] == 23040 and again["pool"]["kv_slots"] == 159 * 64
+    assert again["bytes_per_token"] == 23040 and again["pool"]["kv_tokens"] == 159 * 64
 
 
 def test_a_model_that_is_too_short_to_be_thinned_has_no_shape():
-    config = ServerConfig()
-    found = describe_server(config, SIZE, Capacity(159, 64, 12), 100, config.fields(100))
+    here = server(max_model_len=100)
+    found = describe_server(here, Capacity(159, 64, 12), here.fields)
     assert found["shape"] is None and found["limits"]["max_model_len"] == 100
     assert found["limits"]["max_memory_tokens"] == 128, "what a request may say"
 
@@ -442,7 +446,7 @@ def settle(*names, swallow=False, eager=True, leave=False, fields=None):
             log.append("closed")
 
     async def run():
-        call = Call("/v1/completions", fields=fields or {})
+        call = Call("/v1/completions", SIZE, fields=fields or {})
         current.set(call)
         call.outputs = [engine.generate("x", params(), n) for n in names] if eager else []
         stream = await settled(produce(call), call)

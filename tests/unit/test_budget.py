@@ -5,20 +5,22 @@ import math
 
 import msgspec
 import pytest
+from budgets import EQUAL, WIDE, resolve
+from budgets import settings as server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from express_vllm.budget import BudgetError, ServerConfig, on_grid, resolve, unpack
+from express_vllm.budget import on_grid, unpack
+from express_vllm.config import ServerConfig
+from express_vllm.fields import BudgetError
 from express_vllm.layout import RING_SLOTS
 
 CONFIG = ServerConfig(memory_tokens=1024, max_memory_tokens=4096)
 
 
-def ask(config=CONFIG, prompt=6000, max_tokens=100, **fields):
+def ask(config=CONFIG, prompt=6000, max_tokens=100, size=EQUAL, **fields):
     arguments = {f"express_{name}": value for name, value in fields.items()}
-    return resolve(
-        arguments, config, prompt_tokens=prompt, max_tokens=max_tokens, max_model_len=8192
-    )
+    return resolve(arguments, config, prompt_tokens=prompt, max_tokens=max_tokens, size=size)
 
 
 def test_defaults_come_from_the_server():
@@ -96,17 +98,18 @@ def test_the_operators_minimum_is_granted_even_off_the_grid():
 
 
 @given(
-    st.integers(128, 4096), st.integers(1, 8000), st.integers(1, 300), st.integers(0, 2**63 - 1),
+    st.integers(167, 4096), st.integers(1, 8000), st.integers(1, 300), st.integers(0, 2**63 - 1),
     st.sampled_from(["recent", "even"]),
 )  # fmt: skip
 def test_a_budget_survives_its_way_to_the_engine(memory, prompt, output, seed, profile):
     config = ServerConfig(max_memory_tokens=4096, wide_layers=(1,))
     budget = ask(
-        config, prompt, output, memory_tokens=memory, seed=seed, profile=profile
+        config, prompt, output, WIDE, memory_tokens=memory, seed=seed, profile=profile
     )  # fmt: skip
+    here, length = server(config, size=WIDE), prompt + output
     sent = msgspec.msgpack.decode(msgspec.msgpack.encode(budget.packed))
-    assert unpack(sent, config, prompt + output, 8192) == budget
-    assert unpack(json.loads(json.dumps(budget.packed)), config, prompt + output, 8192) == budget
+    assert unpack(sent, here, length) == budget
+    assert unpack(json.loads(json.dumps(budget.packed)), here, length) == budget
 
 
 @pytest.mark.parametrize(
@@ -116,22 +119,65 @@ def test_a_budget_survives_its_way_to_the_engine(memory, prompt, output, seed, p
         ({"mode": "express"}, 100),
         ([], 100),
         (["express", 512, 512, 0, "recent", 512], 6000),
-        (["express", 512, 512, 0, "nowhere", 512, True], 6000),
-        (["express", 512, 512, 0, "recent", 100, True], 6000),
-        (["express", 8000, 8000, 0, "recent", 8000, True], 6000),
-        (["exact", 4096, 4096, 0, "recent", 99, False], 100),
-        (["exact", 8192, 8192, 0, "recent", 5000, False], 5000),
+        (["express", 512, 512, 0, "nowhere", 512, True, 0], 6000),
+        (["express", 512, 512, 0, "recent", 100, True, 0], 6000),
+        (["express", 512, 512, 0, "recent", 512, True, 512], 6000),
+        (["express", 8000, 8000, 0, "recent", 8000, True, 0], 6000),
+        (["exact", 4096, 4096, 0, "recent", 99, False, 0], 100),
+        (["exact", 8192, 8192, 0, "recent", 5000, False, 0], 5000),
     ],
 )
 def test_what_is_no_budget_of_this_server_is_told(packed, length):
     """A request that outgrows what its budget says would write into the blocks of others."""
     with pytest.raises(ValueError, match=r"no budget|not one of|at least 128"):
-        unpack(packed, CONFIG, length, 8192)
+        unpack(packed, server(CONFIG), length)
+
+
+def test_a_budget_of_another_division_among_layers_is_told():
+    wide = server(ServerConfig(wide_layers=(1,)), size=WIDE)
+    for slots in (0, 4 * 512 + 1):
+        with pytest.raises(ValueError, match="no budget of this server"):
+            unpack(["express", 666, 666, 0, "recent", 512, True, slots], wide, 6000)
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 8000), st.sampled_from(["lazy", "paper"]), st.booleans())
+def test_memory_and_compute_are_means_over_the_layers(data, prompt, schedule, heavy):
+    """27 layers and 3 wide ones, whatever is asked for: never more than the budget, and all of it
+    but the grid's and the division's remainders."""
+    config = ServerConfig(
+        wide_layers=(18, 20, 23), schedule=schedule, heavy=None if heavy else 0
+    )  # fmt: skip
+    here = server(config, size=WIDE)
+    memory = data.draw(st.integers(here.min_memory_tokens, here.max_memory_tokens))
+    compute = data.draw(st.integers(here.least_tokens, memory))
+    budget = ask(
+        config, prompt, 192, WIDE, memory_tokens=memory, compute_tokens=compute
+    )  # fmt: skip
+    tokens = prompt + 192
+    layers = [(27, budget.layout), (3, budget.layout_in(True))]
+    if budget.layout is None:
+        assert WIDE.tokens(tokens) <= compute, "a request that keeps every token fits its budget"
+        return
+    assert tokens > WIDE.slots(compute)
+    held = sum(n * layout.shape.slots for n, layout in layers) / 30
+    attended = sum(n * layout.attended_peak for n, layout in layers) / 30
+    assert held <= budget.memory_tokens <= memory
+    assert attended <= budget.compute_tokens <= compute
+    if compute == memory:
+        assert held > budget.memory_tokens - 2 and budget.memory_tokens > memory * 0.89
+
+
+def test_an_exact_request_says_how_many_tokens_its_memory_keeps():
+    with pytest.raises(BudgetError, match=r"6100 tokens, but .* of 6500 keeps 5000"):
+        ask(ServerConfig(wide_layers=(1,)), size=WIDE, mode="exact", memory_tokens=6500)
+    budget = ask(ServerConfig(wide_layers=(1,)), size=WIDE, mode="exact", memory_tokens=7930)
+    assert budget.reserved(6100) == 6100
 
 
 def test_other_extra_args_are_left_alone():
     arguments = {"session_id": "a", "kv_transfer_params": {}}
-    budget = resolve(arguments, CONFIG, prompt_tokens=10, max_tokens=None, max_model_len=8192)
+    budget = resolve(arguments, CONFIG, prompt_tokens=10, max_tokens=None)
     assert budget.memory_tokens == 1024
 
 

@@ -6,10 +6,11 @@ import inspect
 from types import SimpleNamespace
 
 import pytest
+from budgets import EQUAL, resolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from express_vllm.budget import ServerConfig, resolve
+from express_vllm.config import ServerConfig
 from express_vllm.scheduler.stats import NAME, EngineStats, Tracked, attach, detach
 
 CONFIG = ServerConfig(memory_tokens=256, max_memory_tokens=4096)
@@ -53,7 +54,7 @@ def test_exact_requests_never_compact():
 
 
 def test_what_happened_is_reported_once():
-    stats, found = EngineStats(), budget()
+    stats, found = EngineStats(EQUAL), budget()
     tracked = Tracked(found)
     stats.arrived(found)
     stats.advanced(*tracked.advance(0, 3000))
@@ -70,7 +71,7 @@ def test_what_happened_is_reported_once():
 
 
 def test_gauges_are_of_the_running_requests():
-    stats = EngineStats()
+    stats = EngineStats(EQUAL)
     exact = budget(mode="exact", prompt=500)
     pairs = [(budget(), 3000), (budget(), 100), (exact, 400)]
     found = stats.take(True, pairs)
@@ -80,13 +81,13 @@ def test_gauges_are_of_the_running_requests():
 
 
 def test_a_request_that_never_ran_has_no_peak():
-    stats = EngineStats()
+    stats = EngineStats(EQUAL)
     stats.left(Tracked(budget()))
     assert "finished" not in stats.take(False, [])
 
 
 def test_nothing_piles_up_without_statistics():
-    stats, tracked = EngineStats(enabled=False), Tracked(budget())
+    stats, tracked = EngineStats(EQUAL, enabled=False), Tracked(budget())
     tracked.advance(0, 10)
     stats.arrived(budget())
     stats.left(tracked)
@@ -178,14 +179,14 @@ def test_the_logger_counts_what_it_is_told(model_path):
         }  # fmt: skip
         logger.record(scheduler_stats(payload), None, engine_idx=1)
         logger.record(None, None, engine_idx=1)
-        assert value("kv_slots_held") == 7 and value("kv_slots_exact") == 70
+        assert value("held_kv_tokens") == 7 and value("exact_kv_tokens") == 70
         assert value("requests_running", mode="exact") == 2
         assert value("requests_running", mode="express") == 0
         assert value("requests_total", mode="exact") == 1
         assert value("compactions_total") == 3 and value("tokens_thinned_total") == 90
         for name, total in (
-            ("compaction_seconds", 0.5), ("requested_memory_tokens", 512),
-            ("requested_compute_tokens", 256), ("peak_slots", 256), ("compression_ratio", 12),
+            ("compaction_seconds", 0.5), ("memory_tokens", 512),
+            ("compute_tokens", 256), ("peak_kv_tokens", 256), ("compression_ratio", 12),
         ):  # fmt: skip
             assert value(f"{name}_sum") == total and value(f"{name}_count") == 1
         logger.refuse("seed")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from budgets import settings as server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +21,9 @@ from express_vllm.backend.kernels.events import Kind, RowCache, build, round_wid
 from express_vllm.backend.kernels.memory import Memory, Workspace
 from express_vllm.backend.kernels.plan import Chunk, Span, StepPlan
 from express_vllm.backend.kernels.step import Scores, Work
+from express_vllm.config import ServerConfig
 from express_vllm.layout import DRAW, EXACT_SHAPE, PROFILES, Layout, layout_for, make_shape
+from express_vllm.settings import ATTRIBUTE
 
 CPU = torch.device("cpu")
 #: An 8B model's KV heads and head size in bf16.
@@ -232,10 +235,9 @@ def test_a_reused_request_id_with_another_budget_gets_another_row():
 
 
 def config(**express):
-    model = SimpleNamespace(max_model_len=8192, hf_text_config=SimpleNamespace(num_hidden_layers=4))
     scheduler = SimpleNamespace(max_num_seqs=2, max_num_batched_tokens=512)
     return SimpleNamespace(
-        model_config=model, scheduler_config=scheduler, additional_config={"express": express}
+        scheduler_config=scheduler, **{ATTRIBUTE: server(ServerConfig(**express))}
     )
 
 
@@ -257,7 +259,6 @@ def test_shared_memory_dies_with_its_engine():
 
 def test_warm_up_of_a_model_too_short_for_any_budget_runs_exact_requests():
     from express_vllm.backend.gpu.warmup import made_up
-    from express_vllm.budget import ServerConfig
 
     assert made_up(ServerConfig(), 100) is EXACT_SHAPE
     assert made_up(ServerConfig(), 8192).slots == 2048

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from budgets import resolve
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from express_vllm.backend.step import IDLE, MissingBudget, Step, current_step, running
 from express_vllm.backend.worker import BudgetsMixin
-from express_vllm.budget import ServerConfig, resolve
+from express_vllm.config import ServerConfig
 from express_vllm.scheduler.scheduler import STEP_BUDGETS
 
 BUDGET = resolve(
