@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...record import table
-from .. import report
-from ..report import mean_error, shown
-from .common import Rows
+from .. import plots
+from ..plots import Point
+from ..policies import place, title
+from ..run import Rows
+from ..stats import gaps, mean_error, shown
+from ..tables import head
 
 TITLES = {
     "express": "Express (equal layers)", "hyper": "HyperAttention-style",
@@ -25,9 +28,6 @@ THEIRS = (
     "The paper reports up to 82 times over FlashAttention 2 for its implementation: their figure, "
     "on their machine, with their settings."
 )
-LINES = ("-", "--", "-.", ":")
-#: Mean and standard error of x, then of y.
-Point = tuple[float, float, float, float]
 
 
 def middle(values: Sequence[float]) -> tuple[float, float]:
@@ -72,7 +72,7 @@ def prefill(name: str, stored: dict[str, Any]) -> str:
     base = _where(rows, method="exact")
     exact = [row["nll"] for row in base]
     parts = [
-        report._head(
+        head(
             "Paper: prefill with approximate attention" + _small(stored), stored,
             "The last layers' attention is replaced, the others are exact. Perplexity over the "
             f"tokens from position {min(stored['slots'])} on, and in brackets the NLL gap to the "
@@ -120,7 +120,7 @@ def _replaced_plot(name: str, rows: Rows, base: Rows) -> str:
         for count in sorted(set(_distinct(found, "layers"))):
             gap = mean_error(_gap(_where(found, layers=count), base))
             lines[TITLES[method]].append((count, 0, *gap))
-    return curves(f"{name}-perplexity", lines, "replaced layers, from the last one on",
+    return plots.curves(f"{name}-perplexity", lines, "replaced layers, from the last one on",
                   f"NLL gap, nats a token ({slots:,} slots)")  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def _times(name: str, rows: Rows) -> str:
             points[TITLES[method]] = [(r["tokens"], 0, *middle(r["ms"])) for r in found]
         what = f"one layer's {kind} prefill attention, ms"
         plots.append(
-            curves(f"{name}-time-{kind}", points, "prompt, tokens", what, logarithmic=True)
+            plots.curves(f"{name}-time-{kind}", points, "prompt, tokens", what, logarithmic=True)
         )
     return "\n".join([
         "### Time of one layer's prefill attention", "",
@@ -192,9 +192,9 @@ def compress(name: str, stored: dict[str, Any]) -> str:
                     **{f"{task}, {what}": _share(found, task, what)
                        for task in ("needle", "pairs") for what in ("choice", "match")},
                 })  # fmt: skip
-    plot = report._plot_bars(name, bars, "NLL gap of the continuation, nats a token", "slots")
+    plot = plots.bars(name, bars, "NLL gap of the continuation, nats a token", "slots")
     return "\n".join([
-        report._head(
+        head(
             "Paper: compressing the cache after the prompt" + _small(stored), stored,
             f"Prompts of {stored['length']:,} tokens, then {stored['continuation']} that are "
             "scored. A method compresses once, at the prompt's end, to so many slots that with the "
@@ -217,11 +217,11 @@ def _share(rows: Rows, task: str, what: str) -> str:
 
 
 def _in_order(labels: Sequence[str]) -> list[str]:
-    return sorted(dict.fromkeys(labels), key=report.place)
+    return sorted(dict.fromkeys(labels), key=place)
 
 
 def _gaps(rows: Rows) -> dict[tuple[str, int], list[float]]:
-    found = report.gaps(_where(rows, what="nll"))
+    found = gaps(_where(rows, what="nll"))
     return {key: list(values.values()) for key, values in found.items()}
 
 
@@ -229,25 +229,25 @@ def size(name: str, stored: dict[str, Any]) -> str:
     gaps, slots = _gaps(stored["rows"]), stored["slots"]
     labels = _in_order([label for label, _ in gaps])
     lines = [
-        {"cache": report.title(label)} | {
+        {"cache": title(label)} | {
             f"{n:,} slots": shown(gaps[label, n]) if (label, n) in gaps else "-" for n in slots}
         for label in labels
     ]  # fmt: skip
     points = {
-        report.title(label): [(n, 0.0, *mean_error(gaps[label, n])) for n in slots
+        title(label): [(n, 0.0, *mean_error(gaps[label, n])) for n in slots
                               if (label, n) in gaps]
         for label in labels
     }  # fmt: skip
     exact = [row["nll"] for row in _where(stored["rows"], what="nll") if row["policy"] == "exact"]
     return "\n".join([
-        report._head(
+        head(
             "Paper: accuracy against cache size in long decoding" + _small(stored), stored,
             f"A prompt of {stored['first']} tokens, then teacher-forced to position "
             f"{stored['length'] - 1:,}; NLL gap to exact attention in nats a token (exact: "
             f"{shown(exact)}), ± one standard error over documents.",
         ),
         table(lines), "",
-        curves(name, points, "budget, slots", "NLL gap to exact attention, nats a token",
+        plots.curves(name, points, "budget, slots", "NLL gap to exact attention, nats a token",
                dodge=True),
         *_answers(stored["rows"]),
     ])  # fmt: skip
@@ -259,7 +259,7 @@ def _answers(rows: Rows) -> list[str]:
     slots = sorted({row["slots"] for row in asked if row["slots"]})
     lines = []
     for label in _distinct(asked, "policy"):
-        line = {"cache": report.title(label)}
+        line = {"cache": title(label)}
         for n in slots or [0]:
             found = _where(asked, policy=label, slots=0 if label == "exact" else n)
             line[f"{n:,} slots"] = shown([float(r["right"]) for r in found], 2) if found else "-"
@@ -276,17 +276,17 @@ def time(name: str, stored: dict[str, Any]) -> str:
     for row in sorted(timed, key=lambda r: (order.index(r["policy"]), r["slots"])):
         label, n = row["policy"], row["slots"]
         gap = [0.0] if label in ("exact", "torch") else gaps.get((label, n))
-        title = {"exact": "exact, our kernel", "torch": "exact, torch SDPA"}.get(label)
-        title = title or report.title(label)
+        exact = {"exact": "exact, our kernel", "torch": "exact, torch SDPA"}
+        name_of = exact.get(label) or title(label)
         lines.append({
-            "cache": title, "slots": f"{n:,}" if n else "all", "entries read": f"{row['live']:,}",
+            "cache": name_of, "slots": f"{n:,}" if n else "all", "entries read": f"{row['live']:,}",
             "µs a token": _duration(row["us"], 3),
             "NLL gap": "0" if not n else shown(gap) if gap else "-",
         })  # fmt: skip
         if gap:
-            points[title].append((*middle(row["us"]), *mean_error(gap)))
+            points[name_of].append((*middle(row["us"]), *mean_error(gap)))
     return "\n".join([
-        report._head(
+        head(
             "Paper: accuracy against attention's time a token" + _small(stored), stored,
             "One layer's decode attention with the model's heads, "
             f"a batch of {stored['requests']}, each after {stored['length']:,} tokens: "
@@ -295,48 +295,9 @@ def time(name: str, stored: dict[str, Any]) -> str:
             "sizes, ± one standard error over documents.",
         ),
         table(lines), "",
-        curves(name, points, "attention of one layer, µs a token",
+        plots.curves(name, points, "attention of one layer, µs a token",
                "NLL gap to exact attention, nats a token"),
     ])  # fmt: skip
-
-
-def curves(
-    name: str, lines: dict[str, list[Point]], x_axis: str, y_axis: str, logarithmic: bool = False,
-    dodge: bool = False,
-) -> str:  # fmt: skip
-    """Lines with error bars that differ in marker, dash and grey; `dodge` sets those of equal x
-    side by side."""
-    figure, axes = report._figure()
-    apart = 0.012 * max(p[0] for points in lines.values() for p in points) if dodge else 0.0
-    for i, (label, points) in enumerate(lines.items()):
-        x, x_error, y, y_error = zip(*points, strict=True)
-        beside = [value + apart * (i - (len(lines) - 1) / 2) for value in x]
-        axes.errorbar(
-            beside, y, xerr=_bars(x_error), yerr=_bars(y_error), label=label, capsize=3,
-            markersize=6, linestyle=LINES[i % len(LINES)],
-            marker=report.MARKERS[i % len(report.MARKERS)],
-            color=str(0.6 * i / max(1, len(lines) - 1)),
-        )  # fmt: skip
-    if logarithmic:
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        ticks = sorted({p[0] for points in lines.values() for p in points})
-        axes.set_xticks(ticks, [f"{int(n) // 1024}K" for n in ticks])
-        axes.minorticks_off()
-    else:
-        axes.margins(x=0.08)
-        axes.set_xlim(left=0)
-        axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xlabel(x_axis)
-    axes.set_ylabel(y_axis)
-    axes.grid(color="0.85")
-    axes.set_axisbelow(True)
-    figure.legend(frameon=False, fontsize=9, loc="outside right upper")
-    return report._store(figure, name, y_axis)
-
-
-def _bars(errors: Sequence[float]) -> list[float]:
-    return [0.0 if math.isnan(error) else error for error in errors]
 
 
 SECTIONS: dict[str, Callable[[str, dict[str, Any]], str]] = {
