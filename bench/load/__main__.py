@@ -151,7 +151,8 @@ def main() -> None:
             print(f"failed, {run_.name}: {error}")
     more = {"hardware": o.hardware} if o.hardware else {}
     path = save(
-        f"speed/{o.name}", rows, **details, **more, by_kind=kinds, slo=dataclasses.asdict(objective),
+        f"speed/{o.name}", rows, **details, **more, by_kind=kinds,
+        slo=dataclasses.asdict(objective),
         requests={r.name: [dataclasses.asdict(x) for x in r.outcomes] for r in runs},
         metrics={r.name: r.points for r in runs},
     )  # fmt: skip

@@ -7,7 +7,8 @@
     python -m bench.quality sweep              the defaults, on documents of their own
     python -m bench.quality bound              the published bounds on random inputs, no model
     python -m bench.quality join NAME          the parts NAME.*.json of a result become NAME.json
-    python -m bench.quality report             tables and plots of docs/results/
+    python -m bench.quality report             write the tables and plots of docs/results/
+    python -m bench.quality report NAME        print a result's tables
     python -m bench.quality small              a small version of everything (`make bench`)
 
 README.md says how each number comes about; methods/ has what is compared.
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     if command == "texts":
         _texts(options)
     elif command == "report":
-        report.write()
+        _report(options.result)
     elif command == "join":
         print(record.join(options.result))
     elif command == "bound":
@@ -55,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("--write", action="store_true", help="accept changed documents")
     fetch.add_argument("--bundle", type=Path, help="store all documents' tokens in this file")
     fetch.add_argument("--model", type=Path, help="whose tokenizer makes the bundle")
-    commands.add_parser("report", help="write the tables and plots of docs/results/")
+    shown = commands.add_parser("report", help="write the tables and plots of docs/results/")
+    shown.add_argument("result", nargs="*", help="print these instead: quality/likelihood")
     join = commands.add_parser("join", help="make one result of its parts")
     join.add_argument("result", metavar="NAME", help="under bench/results/: quality/likelihood")
     commands.add_parser("bound", help="the published bounds on random inputs")
@@ -74,8 +76,15 @@ def _small(options: argparse.Namespace) -> None:
     loaded = load(options)
     for name, seconds in SMALL_SECONDS.items():
         Progress.deadline = time.monotonic() + seconds
-        perform(EXPERIMENTS[name], options, loaded)
-    report.write_small()
+        path = perform(EXPERIMENTS[name], options, loaded)
+        report.show(f"small/{path.stem}")
+
+
+def _report(results: list[str]) -> None:
+    for result in results:
+        report.show(result)
+    if not results:
+        report.write()
 
 
 def _texts(options: argparse.Namespace) -> None:

@@ -1,4 +1,7 @@
-"""Plots in black and grey only, so that print and screen say the same."""
+"""Ways to plot: black and grey only, so that print and screen say the same.
+
+Each stores bench/results/<name>.png.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +23,20 @@ def _figure(width: float = 7.2, height: float = 4.0) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"font.size": 10, "svg.hashsalt": "express", "hatch.linewidth": 0.6})
+    matplotlib.rcParams.update({"font.size": 10, "hatch.linewidth": 0.6})
     from matplotlib import pyplot
 
     return pyplot.subplots(figsize=(width, height), layout="constrained")
 
 
-def _store(figure: Any, name: str, text: str) -> str:
+def _store(figure: Any, name: str) -> None:
     from matplotlib import pyplot
 
-    for suffix, options in ((".png", {"dpi": 120}), (".svg", {"metadata": {"Date": None}})):
-        figure.savefig(RESULTS / f"{name}{suffix}", **options)
+    figure.savefig(RESULTS / f"{name}.png", dpi=120)
     pyplot.close(figure)
-    return f"![{text}](../bench/results/{name}.png)\n"
 
 
-def bars(
-    name: str, bars: dict[str, dict[int, list[float]]], axis: str, unit: str
-) -> str:  # fmt: skip
+def bars(name: str, bars: dict[str, dict[int, list[float]]], axis: str) -> None:
     """Horizontal bars, one group a cache, one bar a budget."""
     budgets = sorted({n for values in bars.values() for n in values})
     figure, axes = _figure(height=0.8 + 0.16 * len(bars) * (len(budgets) + 1.2))
@@ -52,7 +51,7 @@ def bars(
                 spreads.append(0 if math.isnan(spread) else spread)
         shade = 0.9 - 0.6 * j / max(1, len(budgets) - 1)
         axes.barh(places, means, step * 0.95, xerr=spreads, color=str(shade), edgecolor="black",
-                  hatch=HATCHES[j], capsize=2, label=f"{n:,} {unit}",
+                  hatch=HATCHES[j], capsize=2, label=f"{n:,} slots",
                   error_kw={"linewidth": 1})  # fmt: skip
     axes.set_yticks(range(len(bars)), list(bars))
     axes.set_ylim(len(bars) - 0.45, -0.55)
@@ -60,10 +59,10 @@ def bars(
     axes.grid(axis="x", color="0.85")
     axes.set_axisbelow(True)
     figure.legend(frameon=False, loc="outside upper center", ncols=len(budgets))
-    return _store(figure, name, axis)
+    _store(figure, name)
 
 
-def layers(name: str, curves: dict[str, dict[str, list[float]]], slots: int) -> str:
+def layers(name: str, curves: dict[str, dict[str, list[float]]], slots: int) -> None:
     figure, axes = _figure()
     for i, (label, kinds) in enumerate(curves.items()):
         shade = str(0.65 * i / max(1, len(curves) - 1))
@@ -75,10 +74,10 @@ def layers(name: str, curves: dict[str, dict[str, list[float]]], slots: int) -> 
     axes.set_ylim(bottom=0)
     axes.grid(color="0.85")
     figure.legend(frameon=False, fontsize=9, loc="outside right upper")
-    return _store(figure, name, "Error of attention outputs by layer")
+    _store(figure, name)
 
 
-def shares(name: str, points: dict[str, dict[int, tuple[float, float]]], what: str) -> str:
+def shares(name: str, points: dict[str, dict[int, tuple[float, float]]], what: str) -> None:
     """A group of markers for every distance: side by side, so that error bars stay apart."""
     figure, axes = _figure()
     distances = sorted({d for values in points.values() for d in values})
@@ -97,13 +96,13 @@ def shares(name: str, points: dict[str, dict[int, tuple[float, float]]], what: s
     axes.axhline(0, color="black", linewidth=0.8)
     axes.grid(axis="y", color="0.85")
     figure.legend(frameon=False, fontsize=9, loc="outside right upper")
-    return _store(figure, name, "Share of a repeated passage's gain that is kept")
+    _store(figure, name)
 
 
 def curves(
     name: str, lines: dict[str, list[Point]], x_axis: str, y_axis: str, logarithmic: bool = False,
     dodge: bool = False,
-) -> str:  # fmt: skip
+) -> None:  # fmt: skip
     """Lines with error bars that differ in marker, dash and grey; `dodge` sets those of equal x
     side by side."""
     figure, axes = _figure()
@@ -132,7 +131,7 @@ def curves(
     axes.grid(color="0.85")
     axes.set_axisbelow(True)
     figure.legend(frameon=False, fontsize=9, loc="outside right upper")
-    return _store(figure, name, y_axis)
+    _store(figure, name)
 
 
 def _bars(errors: Sequence[float]) -> list[float]:

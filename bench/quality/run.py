@@ -128,7 +128,8 @@ def _store(
     options = run.options
     folder, name = experiment.FILE.split("/")
     about = {
-        "experiment": experiment.__name__.rpartition(".")[2], "model": run.title,
+        "experiment": f"paper-{name}" if folder == "paper" else experiment.__name__.split(".")[-1],
+        "model": run.title,
         "dtype": options.dtype, "device": options.device, "length": options.length,
         "first": options.first, "chunk": options.chunk, "small": options.small,
         "documents": list(run.documents), "seconds": seconds, "stopped": list(Progress.stopped),

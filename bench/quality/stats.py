@@ -22,11 +22,14 @@ def mean_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, spread
 
 
-def shown(values: Sequence[float], digits: int = 3) -> str:
-    mean, spread = mean_error(values)
+def with_error(mean: float, spread: float, digits: int) -> str:
     if math.isnan(spread):
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ± {spread:.{digits}f}"
+
+
+def shown(values: Sequence[float], digits: int = 3) -> str:
+    return with_error(*mean_error(values), digits)
 
 
 def gaps(rows: Rows, part: str | None = None) -> Gaps:
@@ -83,3 +86,45 @@ def jackknife(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     left = [ratio(pairs[:i] + pairs[i + 1 :]) for i in range(count)]
     mean = statistics.fmean(left)
     return ratio(pairs), math.sqrt((count - 1) / count * sum((x - mean) ** 2 for x in left))
+
+
+def per_cent(values: Sequence[float]) -> str:
+    """A mean loss in nats as what it adds to the perplexity."""
+    return f"{100 * math.expm1(statistics.fmean(values)):.1f}%"
+
+
+def repeated_shares(rows: Rows) -> dict[tuple[str, int], dict[int, tuple[float, float]]]:
+    """(policy, slots) -> distance -> share of exact's gain from a passage's first occurrence that
+    is kept, and its error by leaving out one document at a time."""
+    gain = gains(rows)
+    documents = list(dict.fromkeys(r["document"] for r in rows))
+    found: dict[tuple[str, int], dict[int, tuple[float, float]]] = defaultdict(dict)
+    for label in labels(rows):
+        for n in columns(rows):
+            for d in sorted({r["distance"] for r in rows}):
+                pairs = [(gain[label, n, d, x], gain["exact", 0, d, x]) for x in documents
+                         if (label, n, d, x) in gain and ("exact", 0, d, x) in gain]  # fmt: skip
+                if pairs:
+                    found[label, n][d] = jackknife(pairs)
+    return found
+
+
+def gains(rows: Rows) -> dict[tuple[str, int, int, str], float]:
+    """(policy, slots, distance, document) -> nats a token that the first occurrence saves."""
+    return {(r["policy"], r["slots"], r["distance"], r["document"]): r["control"] - r["second"]
+            for r in rows}  # fmt: skip
+
+
+def layer_curves(rows: Rows) -> dict[str, dict[str, list[float]]]:
+    """Policy -> inputs -> attention error by layer, mean over documents, at the most slots."""
+    most = columns(rows)[-1]
+    found: dict[str, dict[str, list[float]]] = {}
+    for label in labels(rows):
+        some = [r for r in rows if r["policy"] == label and r["slots"] == most]
+        if some:
+            found[label] = {
+                kind: [statistics.fmean(layer) for layer in zip(*(r[kind] for r in some),
+                                                                strict=True)]
+                for kind in ("exact", "streaming")
+            }  # fmt: skip
+    return found
