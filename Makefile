@@ -17,7 +17,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' Makefile
 	@echo
 	@echo '  serve:  MODEL=/folder/or/hub-id PORT=8000 BACKEND=express ARGS="more vllm arguments"'
-	@echo '  test:   TESTS="tests/test_x.py -k name" for some of them'
+	@echo '  test:   TESTS="tests/unit/test_x.py -k name" for some of them'
 	@echo '  setup:  PYTHON=python3.12, EXPRESS_DEVICE=cpu or cuda'
 
 setup:  ## create .venv and install everything into it

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from express_vllm.conflicts import active, refuse_layer, refuse_unprepared
+from express_vllm.device import uses_triton
 from express_vllm.scheduler.spec import ExpressSpec
 
 from .pages import slot_pages
@@ -147,11 +146,6 @@ class ExpressImpl(AttentionImpl[Any]):
         pages = slot_pages(kv_cache, self.num_kv_heads)
         self._path.forward(query, key, value, pages, attn_metadata, output)
         return output
-
-
-def uses_triton() -> bool:
-    """Whether the Triton kernels run: on a GPU or, for tests, in Triton's interpreter."""
-    return current_platform.is_cuda() or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def device_module(name: str) -> Any:

@@ -7,9 +7,9 @@ from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from express_vllm.platforms.common import server_config
 from express_vllm.scheduler.scheduler import STEP_BUDGETS
 from express_vllm.scheduler.spec import require_express
+from express_vllm.settings import Settings
 
 from .attention import layer_index
 from .step import IDLE, MissingBudget, Step, made_up, running
@@ -23,7 +23,7 @@ class BudgetsMixin:
     vllm_config: Any
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
-        config = server_config(self.vllm_config)
+        config = Settings.of(self.vllm_config).config
         wide = frozenset(config.wide_layers or ())
         specs = super().get_kv_cache_spec()  # type: ignore[misc]
         require_express(specs)

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from bench import record, traces
-from express_vllm.budget import ServerConfig
+from express_vllm.config import ServerConfig
 
 BACKENDS = ("FLASH_ATTN", "express")
 PROMPT = 1024

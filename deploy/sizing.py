@@ -8,15 +8,18 @@ A running server answers the same for its own model and pool: POST /v1/express/p
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
-from express_vllm.budget import ServerConfig, resolve
+from express_vllm.budget import resolve
+from express_vllm.config import ServerConfig
 from express_vllm.kvsize import KVSize
 from express_vllm.server.plan import Capacity
+from express_vllm.settings import Settings
 
 GIB, BLOCK, MAX_LEN = 1 << 30, 16, 131_072
 #: Layers, KV heads, head size and bytes per element, from the models' config.json.
 MODELS = {
-    "SmolLM2-135M": KVSize(30, 3, 64, 2, "bfloat16", extra=3 * 3),  # its wide layers
+    "SmolLM2-135M": KVSize(30, 3, 64, 2, "bfloat16"),
     "Llama-3.1-8B": KVSize(32, 8, 128, 2, "bfloat16"),
     "Qwen2.5-7B": KVSize(28, 4, 128, 2, "bfloat16"),
     "Llama-3.1-70B": KVSize(80, 8, 128, 2, "bfloat16"),
@@ -28,33 +31,32 @@ ANSWER, POOL, EXAMPLE = 1000, 40, "Llama-3.1-8B"
 
 def fits(size: KVSize, gib: float, prompt: int, answer: int, fields: dict) -> int:
     """Requests that run at once without one waiting for another's blocks."""
-    blocks = int(gib * GIB) // (BLOCK * size.slot_bytes)
-    budget = resolve(
-        fields, ServerConfig(), prompt_tokens=prompt, max_tokens=answer, max_model_len=MAX_LEN
-    )
+    blocks = int(gib * GIB) // (BLOCK * size.bytes_per_token)
+    settings = Settings(ServerConfig(), size, SimpleNamespace(max_model_len=MAX_LEN))
+    budget = resolve(fields, settings, prompt_tokens=prompt, max_tokens=answer)
     return Capacity(blocks, BLOCK, 1 << 30).fits(budget.reserved(prompt + answer - 1))
 
 
 def tables() -> str:
-    return "\n".join([*slots_table(), "", *fits_table()]) + "\n"
+    return "\n".join([*memory_table(), "", *fits_table()]) + "\n"
 
 
-def slots_table() -> Iterator[str]:
+def memory_table() -> Iterator[str]:
     yield (
-        "| model (bfloat16) | KiB per slot | "
-        + " | ".join(f"MiB for {budget:,} slots" for budget in BUDGETS)
+        "| model (bfloat16) | KiB per token | "
+        + " | ".join(f"MiB for {budget:,} tokens" for budget in BUDGETS)
         + " |"
     )
     yield "| --- |" + " --- |" * (1 + len(BUDGETS))
     for name, size in MODELS.items():
-        cells = [f"{budget * size.slot_bytes / 2**20:,.0f}" for budget in BUDGETS]
-        yield f"| {name} | {size.slot_bytes / 1024:g} | " + " | ".join(cells) + " |"
+        cells = [f"{budget * size.bytes_per_token / 2**20:,.0f}" for budget in BUDGETS]
+        yield f"| {name} | {size.bytes_per_token / 1024:g} | " + " | ".join(cells) + " |"
 
 
 def fits_table() -> Iterator[str]:
     yield (
         f"| {EXAMPLE}, {POOL} GiB of KV cache | exact | "
-        + " | ".join(f"{budget:,} slots" for budget in BUDGETS)
+        + " | ".join(f"{budget:,} tokens" for budget in BUDGETS)
         + " |"
     )
     yield "| --- |" + " --- |" * (1 + len(BUDGETS))

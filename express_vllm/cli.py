@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 
+from .config import ServerConfig
 from .conflicts import CONFLICTS, LAYER_CONFLICTS, matrix
 from .plugin import BACKEND_NAME, SUPPORTED_VLLM, untested_vllm
 
@@ -56,8 +57,6 @@ def doctor() -> int:
 
 def check_config(text: str) -> int:
     """Say whether the operator's configuration is accepted, and which cache it gives."""
-    from .budget import ServerConfig
-
     try:
         config = ServerConfig.parse(json.loads(text).get("express", {}))
     except (ValueError, AttributeError) as error:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .device import uses_triton
 from .layout import MAX_TOKENS
 from .plugin import SUPPORTED_VLLM
 
@@ -74,8 +75,6 @@ def _is_express_worker(name: Any) -> bool:
 
 
 def _other_runner(config: Any) -> bool:
-    from express_vllm.backend.attention import uses_triton
-
     return bool(config.use_v2_model_runner) != uses_triton()
 
 
@@ -344,7 +343,7 @@ VLLM_FAULTS = (
         "they get another request's adapter "
         "([its repair](https://github.com/vllm-project/vllm/pull/48421) is not in it)",
         "the same: serve the bare model by a server of its own "
-        "(`pytest -m slow tests/test_lora.py`)",
+        "(`pytest -m slow tests/engine/test_lora.py`)",
     ),
     (
         'a JSON schema that only refers to itself, `{"$ref": "#"}`',

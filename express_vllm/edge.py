@@ -2,7 +2,7 @@
 
 Every request, of any HTTP route, of a batch or offline, passes vLLM's
 `InputProcessor.process_inputs`, which settles its lengths; `patches.resolve_at_the_edge` has
-`Edge.admit` called on what that returns.  The decision travels in the request's `extra_args`, and
+`admit` called on what that returns.  The decision travels in the request's `extra_args`, and
 the engine's scheduler only reads it (`granted`).
 
 vLLM's documented hook there, `Platform.validate_request`, is not told for which engine a request is
@@ -13,19 +13,17 @@ the parameters, which may be the caller's own.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from .budget import PREFIX, Budget, BudgetError, ServerConfig, resolve, unpack
-from .kvsize import KVSize
+from .budget import PREFIX, Budget, BudgetError, resolve, unpack
 from .server.errors import refused
+from .settings import Settings
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.request import Request
 
-#: The one `express_` key of a request that was admitted, in place of those that its user gave.
+#: The one `express_` key of a request that was admitted, instead of those that its user gave.
 GRANTED = PREFIX + "granted"
 
 
@@ -43,71 +41,42 @@ class Listener(Protocol):
 current: ContextVar[Listener | None] = ContextVar("express_listener", default=None)
 
 
-@dataclass(frozen=True)
-class Edge:
-    """What decisions are made from.  The maximal length is read anew every time: with
-    `--max-model-len auto` the engine settles it after the server's configuration is made."""
+def admit(request: EngineCoreRequest, settings: Settings) -> None:
+    """Decide the request's budget and write it into its parameters, which are its own.
 
-    vllm_config: VllmConfig
-    config: ServerConfig
-    size: KVSize
+    Raises vLLM's validation error (HTTP 400).
+    """
+    from vllm.utils import length_from_prompt_token_ids_or_embeds
 
-    @classmethod
-    def of(cls, vllm_config: VllmConfig) -> Edge:
-        from .platforms.common import server_config
-
-        config = server_config(vllm_config)
-        return cls(vllm_config, config, KVSize.of(vllm_config, config))
-
-    @property
-    def max_model_len(self) -> int:
-        return self.vllm_config.model_config.max_model_len
-
-    def resolve(
-        self, extra_args: Any, prompt_tokens: int, max_tokens: int | None, prefix: str = PREFIX
-    ) -> Budget:
-        """The budget of a request.  Raises BudgetError."""
-        return resolve(
-            extra_args, self.config, prompt_tokens=prompt_tokens, max_tokens=max_tokens,
-            max_model_len=self.max_model_len, slot_bytes=self.size.slot_bytes, prefix=prefix,
-        )  # fmt: skip
-
-    def admit(self, request: EngineCoreRequest) -> None:
-        """Decide the request's budget and write it into its parameters, which are its own.
-
-        Raises vLLM's validation error (HTTP 400).
-        """
-        from vllm.utils import length_from_prompt_token_ids_or_embeds
-
-        params, listener = request.sampling_params, current.get()
-        if params is None:  # pooling, which is refused at start-up
-            return
-        prefix = listener.prefix if listener else PREFIX
-        tokens = length_from_prompt_token_ids_or_embeds(
-            request.prompt_token_ids, request.prompt_embeds
+    params, listener = request.sampling_params, current.get()
+    if params is None:  # pooling, which is refused at start-up
+        return
+    prefix = listener.prefix if listener else PREFIX
+    tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+    given = params.extra_args or {}
+    try:
+        if request.resumable:
+            raise BudgetError(
+                "prompt", "a stream of inputs", "the first piece would decide the budget of all; "
+                "send the whole prompt in one request", "type",
+            )  # fmt: skip
+        budget = resolve(
+            given, settings, prompt_tokens=tokens, max_tokens=params.max_tokens, prefix=prefix
         )
-        given = params.extra_args or {}
-        try:
-            if request.resumable:
-                raise BudgetError(
-                    "prompt", "a stream of inputs", "the first piece would decide the budget of "
-                    "all; send the whole prompt in one request", "type",
-                )  # fmt: skip
-            budget = self.resolve(given, tokens, params.max_tokens, prefix)
-        except BudgetError as error:
-            raise refused(error) from error
-        others = {k: v for k, v in given.items() if not str(k).startswith(PREFIX)}
-        params.extra_args = {**others, GRANTED: budget.packed}
-        if listener:
-            listener.admitted(request.request_id, budget, tokens, params.n)
+    except BudgetError as error:
+        raise refused(error) from error
+    others = {k: v for k, v in given.items() if not str(k).startswith(PREFIX)}
+    params.extra_args = {**others, GRANTED: budget.packed}
+    if listener:
+        listener.admitted(request.request_id, budget, tokens, params.n)
 
 
-def granted(request: Request, config: ServerConfig, max_model_len: int) -> Budget:
+def granted(request: Request, settings: Settings) -> Budget:
     """The budget that the edge gave to a request.  Raises ValueError if it has none."""
     params = request.sampling_params
     packed = (params.extra_args or {}).get(GRANTED) if params is not None else None
     length = request.num_prompt_tokens + request.max_tokens
     try:
-        return unpack(packed, config, length, max_model_len)
+        return unpack(packed, settings, length)
     except TypeError as error:
         raise ValueError(f"its budget {packed} is not readable") from error

@@ -19,6 +19,7 @@ from .layout import MIN_SLOTS
 
 PREFIX = "express_"
 MAX_SEED = 2**63 - 1
+MODES = ("express", "exact")
 #: A share of what exact attention would hold, or a size in bytes.
 MEMORY = re.compile(r"(?P<number>[0-9]{1,15}(?:\.[0-9]{1,9})?) ?(?P<unit>%|[KMGT]i?B|B)")
 UNITS = {
@@ -70,17 +71,19 @@ class Fields(BaseModel):
 
     memory_tokens: int | None = Field(
         None, ge=MIN_SLOTS,
-        description="most KV slots per layer and KV head that the request may ever hold",
+        description="most memory that the request's cache may ever take: what exact attention "
+        "takes for so many tokens",
     )  # fmt: skip
     memory: str | None = Field(
         None, pattern=f"^{MEMORY.pattern.replace('?P<number>', '').replace('?P<unit>', '')}$",
         max_length=32, examples=["10%", "256MiB"],
         description="the same as a share of what exact attention would hold for the request's "
-        "maximal length ('10%'), or in bytes over all layers and KV heads ('256MiB')",
+        "maximal length ('10%'), or in bytes ('256MiB')",
     )  # fmt: skip
     compute_tokens: int | None = Field(
         None, ge=MIN_SLOTS,
-        description="most KV entries that one token may attend to; at most the memory",
+        description="most entries that one token may attend to, the mean over layers; at most the "
+        "memory",
     )  # fmt: skip
     seed: int | None = Field(
         None, ge=0, le=MAX_SEED, description="seed of the compression's random choices"
@@ -98,13 +101,13 @@ class Fields(BaseModel):
 
 
 @lru_cache(maxsize=64)
-def limited(low: int, high: int) -> type[Fields]:
-    """`Fields` with the operator's limits for the memory."""
-    high = max(low, high)
+def limited(least: int, least_memory: int, high: int) -> type[Fields]:
+    """`Fields` with limits: `least` of the smallest cache, the operator's for the memory."""
+    high = max(least_memory, high)
     changes: dict[str, Any] = {}
-    for name, least in (("memory_tokens", low), ("compute_tokens", MIN_SLOTS)):
+    for name, low in (("memory_tokens", least_memory), ("compute_tokens", least)):
         text = Fields.model_fields[name].description
-        changes[name] = (int | None, Field(None, ge=least, le=high, description=text))
+        changes[name] = (int | None, Field(None, ge=low, le=high, description=text))
     return create_model("ExpressFields", __base__=Fields, __doc__=Fields.__doc__, **changes)
 
 
@@ -148,18 +151,14 @@ def unknown(name: str, known: set[str]) -> str:
     return f"{hint}known fields are {', '.join(sorted(known))}"
 
 
-def memory_slots(text: str, exact_slots: int, slot_bytes: int | None) -> tuple[int, bool]:
-    """(slots, whether it is a share) that `text` buys.
+def memory_amount(text: str, length: int, bytes_per_token: int) -> tuple[int, bool]:
+    """(tokens, whether it is a share) that `text`, which `Fields` has passed, buys.
 
-    A share is of `exact_slots`, what exact attention would hold; bytes are divided by `slot_bytes`.
-    Raises ValueError for text that `Fields` would refuse, or bytes without `slot_bytes`.
+    A share is of `length`, what exact attention would hold.
     """
     found = MEMORY.fullmatch(text)
-    if not found:
-        raise ValueError("it is neither a share nor a size in bytes")
+    assert found, text
     number, unit = float(found["number"]), found["unit"]
     if unit == "%":
-        return int(exact_slots * number / 100), True
-    if not slot_bytes:
-        raise ValueError("sizes in bytes need a model; give a share or tokens")
-    return int(number * UNITS[unit] / slot_bytes), False
+        return int(length * number / 100), True
+    return int(number * UNITS[unit] / bytes_per_token), False

@@ -1,4 +1,9 @@
-"""`KVSize`: what one KV slot of a model takes, from the model's real shapes."""
+"""`KVSize`: what KV memory is made of in a model, from its real shapes.
+
+Memory is counted in *tokens*: as many bytes as exact attention takes for so many tokens.  The cache
+itself has *slots*, in every layer.  Where all layers are equal, a token is a slot of each; wide
+layers (wide.py) hold `extra` slots more, and the others fewer for the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from .budget import ServerConfig
+    from .config import ServerConfig
 
 
 @dataclass(frozen=True)
@@ -20,14 +25,22 @@ class KVSize:
     head_size: int
     element_bytes: int
     dtype: str
-    #: Slots of wide layers beside one slot of every layer (wide.py).
+    #: Slots that wide layers have, together, beside one slot of every layer.
     extra: int = 0
 
     @property
-    def slot_bytes(self) -> int:
-        """Bytes of one slot (a key and a value) over all layers and KV heads."""
-        slots = self.layers + self.extra
-        return slots * self.kv_heads * 2 * self.head_size * self.element_bytes
+    def bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token, over all layers and KV heads."""
+        return self.layers * self.kv_heads * 2 * self.head_size * self.element_bytes
+
+    def slots(self, tokens: int) -> int:
+        """Slots of an ordinary layer that `tokens` of memory pay for: the one place where a budget
+        is divided among layers."""
+        return tokens * self.layers // (self.layers + self.extra)
+
+    def tokens(self, slots: int) -> int:
+        """Memory that `slots` slots of an ordinary layer take, those of wide layers included."""
+        return -(-slots * (self.layers + self.extra) // self.layers)
 
     @classmethod
     def of(cls, vllm_config: VllmConfig, config: ServerConfig) -> KVSize:

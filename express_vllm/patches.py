@@ -1,6 +1,6 @@
 """Every change to vLLM that has no extension point: one function each, applied when it is needed.
 
-`tests/test_patches.py` holds what they rely on against the installed vLLM.
+`tests/contracts/test_patches.py` holds what they rely on against the installed vLLM.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .conflicts import PREFIX_CACHING_ASKED
+from .edge import admit
+from .settings import Settings, chosen
 
 #: Set on what was put in place of vLLM's own.
 PATCHED = "express_patched"
@@ -48,30 +50,19 @@ def keep_prefix_caching_asked() -> None:
 
 
 def resolve_at_the_edge() -> None:
-    """Have `edge.Edge.admit` called on every request that vLLM's input processor makes."""
+    """Have `edge.admit` called on every request that vLLM's input processor makes."""
     from vllm.v1.engine.input_processor import InputProcessor
 
     def make(original: Any) -> Any:
         def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
             request = original(self, *args, **kwargs)
-            if (edge := _edge_of(self)) is not None:
-                edge.admit(request)
+            if chosen(self.vllm_config):
+                admit(request, Settings.of(self.vllm_config))
             return request
 
         return process_inputs
 
     _replace(InputProcessor, "process_inputs", make)
-
-
-def _edge_of(processor: Any) -> Any:
-    """The edge of an input processor's engine, made once; None if that is not express's."""
-    if not hasattr(processor, "express_edge"):
-        from .edge import Edge
-        from .platforms.common import chosen
-
-        config = processor.vllm_config
-        processor.express_edge = Edge.of(config) if chosen(config) else None
-    return processor.express_edge
 
 
 def cut_messages_before_cleaning() -> None:

@@ -4,7 +4,7 @@ What a small cache costs is not spread evenly: in the model that was measured on
 causes a quarter of the loss, and three together nearly half of it (docs/evidence.md).  Heads that
 retrieve old tokens are few in every model of arXiv 2404.15574, too.  A wide layer holds `factor`
 times the slots of an ordinary one.  Its page has `factor` times the bytes, so that one block table
-serves all layers; a request's budget counts slots of ordinary layers.
+serves all layers; a request's memory counts all of them (kvsize.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from .budget import BudgetError, ServerConfig
+from .config import ServerConfig
+from .fields import BudgetError
 
 
 class ModelShape(NamedTuple):

@@ -13,7 +13,7 @@ from vllm.v1.request import Request
 
 from express_vllm.budget import Budget
 from express_vllm.edge import granted
-from express_vllm.platforms.common import server_config
+from express_vllm.settings import Settings
 
 from .manager import ExpressManager
 from .stats import COMPACTION_SECONDS, EngineStats, Tracked, attach
@@ -29,11 +29,10 @@ class _BudgetsMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = self.vllm_config  # type: ignore[attr-defined]
-        self.express_config = server_config(config)
+        self.express_settings = Settings.of(self.vllm_config)  # type: ignore[attr-defined]
         self.express_budgets: dict[str, Budget] = {}
         self.express_tracked: dict[str, Tracked] = {}
-        self.express_stats = EngineStats(self.log_stats)  # type: ignore[attr-defined]
+        self.express_stats = EngineStats(self.express_settings.size, self.log_stats)  # type: ignore[attr-defined]
         #: (client, request id) of requests that end with an error of their own.
         self.express_refused: list[tuple[int, str]] = []
         coordinator = self.kv_cache_manager.coordinator  # type: ignore[attr-defined]
@@ -43,9 +42,9 @@ class _BudgetsMixin:
 
     def add_request(self, request: Request) -> None:
         """Never raises: an exception here would end the engine and every other request."""
-        name, length = request.request_id, self.max_model_len  # type: ignore[attr-defined]
+        name = request.request_id
         try:
-            budget = granted(request, self.express_config, length)
+            budget = granted(request, self.express_settings)
         except ValueError as error:
             self._refuse(request, str(error))
             return

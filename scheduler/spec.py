@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from express_vllm.conflicts import active, refuse_layer
-from express_vllm.platforms.common import server_config
+from express_vllm.settings import Settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -44,8 +44,8 @@ class ExpressSpec(AttentionSpec):
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of the largest budget that the operator allows, not of the maximal length."""
-        cap = server_config(vllm_config).memory_cap(vllm_config.model_config.max_model_len)
-        return cdiv(cap, self.block_size) * self.page_size_bytes
+        most = Settings.of(vllm_config).most_slots
+        return cdiv(most, self.block_size) * self.page_size_bytes
 
     @property
     def prefix_cacheable(self) -> bool:

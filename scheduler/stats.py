@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from express_vllm.budget import Budget
+from express_vllm.kvsize import KVSize
 from express_vllm.layout import Layout
 
 #: Attribute of a ModelRunnerOutput: seconds of the step that were spent compacting.
@@ -47,6 +48,7 @@ class Tracked:
 class EngineStats:
     """Counts since the last `take`; nothing is kept when vLLM's statistics are off."""
 
+    size: KVSize
     enabled: bool = True
     requests: list[tuple[str, int, int]] = field(default_factory=list)
     finished: list[tuple[int, int]] = field(default_factory=list)
@@ -66,7 +68,8 @@ class EngineStats:
     def left(self, tracked: Tracked) -> None:
         """A request has finished or was aborted; one that never ran has no peak."""
         if tracked.most and self.enabled:
-            self.finished.append((tracked.budget.reserved(tracked.most), tracked.most))
+            peak = self.size.tokens(tracked.budget.reserved(tracked.most))
+            self.finished.append((peak, tracked.most))
 
     def take(self, busy: bool, running: Iterable[tuple[Budget, int]]) -> dict[str, Any]:
         """What happened since the last call.
@@ -91,7 +94,7 @@ class EngineStats:
         modes: dict[str, int] = {}
         for budget, _ in pairs:
             modes[budget.mode] = modes.get(budget.mode, 0) + 1
-        payload["held"] = sum(budget.reserved(tokens) for budget, tokens in pairs)
+        payload["held"] = sum(self.size.tokens(b.reserved(tokens)) for b, tokens in pairs)
         payload["exact"] = sum(tokens for _, tokens in pairs)
         payload["running"] = modes
         return payload

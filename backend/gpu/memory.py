@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from express_vllm.layout import Shape
-from express_vllm.platforms.common import server_config
+from express_vllm.settings import Settings
 
 from ..kernels.decode import DecodeScratch
 from ..kernels.memory import Workspace
@@ -27,19 +27,16 @@ class Limits(NamedTuple):
     @classmethod
     def of(cls, vllm_config: Any) -> Limits:
         scheduler = vllm_config.scheduler_config
-        length = vllm_config.model_config.max_model_len
-        config = server_config(vllm_config)
-        cap = config.memory_cap(length)
-        factor = config.wide_factor if config.wide_layers else 1
+        settings = Settings.of(vllm_config)
+        config, most = settings.config, settings.most_slots
+        factors = [1, config.wide_factor] if config.wide_layers else [1]
         try:
-            shapes = [config.shape(cap, config.profile)]
-            if wide := config.wide_shape(cap, config.profile):
-                shapes.append(wide)
+            shapes = [config.shape(most * factor, config.profile) for factor in factors]
         except ValueError:  # too few tokens for any event
             shapes = []
         return cls(
-            min(cap * factor, length), scheduler.max_num_batched_tokens, scheduler.max_num_seqs,
-            tuple(shapes),
+            min(most * factors[-1], settings.max_model_len), scheduler.max_num_batched_tokens,
+            scheduler.max_num_seqs, tuple(shapes),
         )  # fmt: skip
 
 

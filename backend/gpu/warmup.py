@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from express_vllm.layout import EXACT_SHAPE, Shape, layout_for
-from express_vllm.platforms.common import server_config
+from express_vllm.settings import Settings
 
 from ..kernels import step
 from .metadata import LayerGroup
@@ -17,7 +17,7 @@ from .metadata import LayerGroup
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from express_vllm.budget import ServerConfig
+    from express_vllm.config import ServerConfig
 
 logger = logging.getLogger("vllm.express")
 
@@ -33,8 +33,8 @@ def warm_up(vllm_config: VllmConfig, device: torch.device) -> None:
     if not found:
         return
     start = time.monotonic()
-    config = server_config(vllm_config)
-    shape = made_up(config, config.memory_cap(vllm_config.model_config.max_model_len))
+    settings = Settings.of(vllm_config)
+    shape = made_up(settings.config, settings.most_slots)
     count = 64 if shape is EXACT_SHAPE else layout_for(shape).position(1)
     for layer in {x.kv_cache.shape: x for x in found}.values():
         layers = LayerGroup.of([layer])

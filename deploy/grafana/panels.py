@@ -236,19 +236,19 @@ OVERVIEW = Dashboard(
     ),
 )
 
-HELD, EXACT = total("vllm:express_kv_slots_held"), total("vllm:express_kv_slots_exact")
+HELD, EXACT = total("vllm:express_held_kv_tokens"), total("vllm:express_exact_kv_tokens")
 COMPACTING = rate("vllm:express_compaction_seconds_sum")
 
 MEMORY = Dashboard(
     "express-memory",
     "Express: memory and compression",
-    "KV slots held against what exact attention would hold, budgets, and the cost of compaction.",
+    "KV memory held against what exact attention would hold, budgets, and the cost of compaction.",
     (
         (
             "KV cache",
             (
                 Panel(
-                    "KV slots",
+                    "KV memory",
                     "Held by running requests, and what exact attention would hold for them.",
                     (Query(HELD, "held"), Query(EXACT, "exact attention would hold")),
                     width=12,
@@ -275,14 +275,14 @@ MEMORY = Dashboard(
                     thresholds=RED_ABOVE_90,
                 ),
                 Panel(
-                    "Slots per running request",
+                    "Memory per running request",
                     "Held by a running request, on average.",
-                    (Query(f"{HELD} / ({total('vllm:num_requests_running')} > 0)", "slots"),),
+                    (Query(f"{HELD} / ({total('vllm:num_requests_running')} > 0)", "tokens"),),
                 ),
                 Panel(
-                    "Peak slots of finished requests",
+                    "Peak memory of finished requests",
                     "The most that a request ever held.",
-                    quantiles("vllm:express_peak_slots", 0.5, 0.95, 0.99),
+                    quantiles("vllm:express_peak_kv_tokens", 0.5, 0.95, 0.99),
                 ),
             ),
         ),
@@ -290,18 +290,18 @@ MEMORY = Dashboard(
             "Budgets",
             (
                 Panel(
-                    "Requested memory",
-                    "KV slots that requests asked for, or got by default.",
-                    quantiles("vllm:express_requested_memory_tokens", 0.5, 0.95),
+                    "Memory budgets",
+                    "Memory and compute budgets of requests, as they were granted.",
+                    quantiles("vllm:express_memory_tokens", 0.5, 0.95),
                 ),
                 Panel(
-                    "Requested compute",
+                    "Compute budgets",
                     "Entries that a token may attend to.",
-                    quantiles("vllm:express_requested_compute_tokens", 0.5, 0.95),
+                    quantiles("vllm:express_compute_tokens", 0.5, 0.95),
                 ),
                 Panel(
                     "Compression of finished requests",
-                    "Tokens stored over the most slots held: 1 is exact.",
+                    "Tokens stored over the most memory held: at 1 nothing is saved.",
                     (
                         # Never below 1, where the interpolation of the first bucket would go.
                         *(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from ..budget import ServerConfig
 from ..conflicts import refuse_conflicts
 from ..patches import keep_prefix_caching_asked, resolve_at_the_edge
 from ..plugin import BACKEND_NAME, BACKEND_PATH
-from ..wide import settle
+from ..settings import Settings, chosen
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -21,22 +20,6 @@ SCHEDULERS = {
     False: "express_vllm.scheduler.scheduler.ExpressScheduler",
     True: "express_vllm.scheduler.scheduler.ExpressAsyncScheduler",
 }
-
-
-def chosen(vllm_config: VllmConfig) -> bool:
-    """Whether the user gave `--attention-backend express`, or express for one kind of layer."""
-    config = vllm_config.attention_config
-    backends = [config.backend, *config.backend_per_kind.values()]
-    return any(backend is not None and backend.name == BACKEND_NAME for backend in backends)
-
-
-def server_config(vllm_config: VllmConfig) -> ServerConfig:
-    """The parsed `--additional-config '{"express": ...}'`, with the model's wide layers."""
-    extra = vllm_config.additional_config
-    raw = extra.get("express", {}) if isinstance(extra, dict) else {}
-    config = ServerConfig.parse(raw)
-    model = vllm_config.model_config
-    return config if model is None else settle(config, model.hf_text_config)
 
 
 class ExpressPlatformMixin:
@@ -72,8 +55,8 @@ class ExpressPlatformMixin:
         if not chosen(vllm_config):
             super().check_and_update_config(vllm_config)  # type: ignore[misc]
             return
-        config = server_config(vllm_config)
         refuse_conflicts(vllm_config)
+        settings = Settings.parse(vllm_config)
         if vllm_config.cache_config.enable_prefix_caching:
             # On by default in vLLM; whoever asked for it is refused above.
             vllm_config.cache_config.enable_prefix_caching = False
@@ -84,7 +67,7 @@ class ExpressPlatformMixin:
         scheduler = vllm_config.scheduler_config  # the platform has just settled which it is
         scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
         resolve_at_the_edge()
-        logger.info("express: %s", config)
+        logger.info("express: %s", settings.config)
 
     @classmethod
     def register_custom_kv_cache_specs(cls, vllm_config: VllmConfig) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ..edge import Edge, current
+from ..edge import current
 from ..fields import BudgetError
+from ..settings import Settings, chosen
 from .body import budget, refuse_beam_search
 from .errors import refused
 from .watch import Call, watch
 
 
-async def answer(edge: Edge, handle: Callable[[Any], Awaitable[Any]], request: Any) -> Any:
+async def answer(settings: Settings, handle: Callable[[Any], Awaitable[Any]], request: Any) -> Any:
     """vLLM's answer to a line's request, under the budget that it names, with usage.
 
     Raises vLLM's validation error, which becomes the line's status 400.
@@ -21,10 +22,10 @@ async def answer(edge: Edge, handle: Callable[[Any], Awaitable[Any]], request: A
             **(request.model_extra or {})}  # fmt: skip
     try:
         refuse_beam_search(body)
-        prefix, fields = budget(body, edge.config.fields(edge.max_model_len))
+        prefix, fields = budget(body, settings.fields)
     except BudgetError as error:
         raise refused(error) from error
-    call = Call("run-batch", prefix, fields)
+    call = Call("run-batch", settings.size, prefix, fields)
     current.set(call)  # every line runs in a context of its own
     response = await handle(request)
     if call.error is not None:
@@ -39,24 +40,22 @@ def budgets_in(run_request: Callable[..., Any]) -> Callable[..., Any]:
 
     async def wrapped(handle: Any, request: Any, tracker: Any) -> Any:
         engine = getattr(getattr(handle, "__self__", None), "engine_client", None)
-        if (edge := edge_of(engine)) is None:
+        if (settings := settings_of(engine)) is None:
             return await run_request(handle, request, tracker)
 
         async def within(body: Any) -> Any:
-            return await answer(edge, handle, body)
+            return await answer(settings, handle, body)
 
         return await run_request(within, request, tracker)
 
     return wrapped
 
 
-def edge_of(engine: Any) -> Edge | None:
-    """The edge of an engine client, which is watched from then on; None without express."""
-    from ..platforms.common import chosen
-
+def settings_of(engine: Any) -> Settings | None:
+    """The settings of an engine client, which is watched from then on; None without express."""
     if engine is None or not chosen(engine.vllm_config):
         return None
-    if not hasattr(engine, "express_edge"):
-        engine.express_edge = Edge.of(engine.vllm_config)
+    if not hasattr(engine, "express_watched"):
+        engine.express_watched = True
         watch(engine)
-    return engine.express_edge
+    return Settings.of(engine.vllm_config)

@@ -22,7 +22,7 @@ logger = logging.getLogger("vllm.express")
 
 LABELS = ("model_name", "engine")
 HELD, EXACT, RUNNING = (
-    "vllm:express_kv_slots_held", "vllm:express_kv_slots_exact", "vllm:express_requests_running",
+    "vllm:express_held_kv_tokens", "vllm:express_exact_kv_tokens", "vllm:express_requests_running",
 )  # fmt: skip
 #: Why a request can be refused, besides its fields.
 REASONS = (
@@ -53,8 +53,8 @@ class ExpressStatLogger(AggregateStatLoggerBase):
         def histogram(name: str, text: str, buckets: Any) -> Histogram:
             return Histogram(f"vllm:express_{name}", text, LABELS, buckets=buckets)
 
-        self.held = gauge(HELD, "KV slots per layer and KV head that running requests hold.")
-        self.exact = gauge(EXACT, "KV slots that exact attention would hold for the same tokens.")
+        self.held = gauge(HELD, "KV memory that running requests hold.")
+        self.exact = gauge(EXACT, "KV memory that exact attention would hold.")
         self.running = gauge(RUNNING, "Running requests, by mode.", "mode")
         self.requests = Counter(
             "vllm:express_requests", "Requests that reached the engine.", [*LABELS, "mode"]
@@ -62,7 +62,7 @@ class ExpressStatLogger(AggregateStatLoggerBase):
         self.compactions = Counter("vllm:express_compactions", "Compactions run.", LABELS)
         self.thinned = Counter(
             "vllm:express_tokens_thinned",
-            "Entries that compactions took out of each layer's and KV head's cache.", LABELS,
+            "Entries that compactions took out of each KV head of an ordinary layer.", LABELS,
         )  # fmt: skip
         self.refused = Counter(
             "vllm:express_refused_requests", "Requests whose budget was refused, by reason.",
@@ -72,16 +72,18 @@ class ExpressStatLogger(AggregateStatLoggerBase):
             "compaction_seconds", "Seconds that one step spent compacting.", SECONDS
         )
         self.memory = histogram(
-            "requested_memory_tokens", "Memory budgets of requests, defaults included.", tokens
+            "memory_tokens", "Memory budgets of requests, as they were granted.", tokens
         )
         self.compute = histogram(
-            "requested_compute_tokens", "Compute budgets of requests, defaults included.", tokens
+            "compute_tokens", "Compute budgets of requests, as they were granted.", tokens
         )
         self.peak = histogram(
-            "peak_slots", "Most KV slots that a finished request held, per layer and head.", tokens
+            "peak_kv_tokens", "Most KV memory that a finished request held.", tokens
         )
         self.ratio = histogram(
-            "compression_ratio", "Tokens stored by a finished request over its peak slots.", RATIOS
+            "compression_ratio",
+            "Tokens stored by a finished request over its peak.",
+            RATIOS,
         )
         for engine in self.engines:
             self._show_zeros(engine)
@@ -165,6 +167,6 @@ def read_gauges() -> dict[str, Any]:
         if family.name in totals:
             totals[family.name] = int(sum(sample.value for sample in family.samples))
     return {
-        "kv_slots_held": totals[HELD], "kv_slots_exact": totals[EXACT],
+        "held_kv_tokens": totals[HELD], "exact_kv_tokens": totals[EXACT],
         "requests_running": totals[RUNNING],
     }  # fmt: skip

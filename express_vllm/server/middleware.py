@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from ..patches import budgets_in_batches, cut_messages_before_cleaning
+from ..settings import chosen
 from .bounded import BoundedErrors
 
 if TYPE_CHECKING:
@@ -21,8 +23,6 @@ PATH = "express_vllm.server.middleware.ExpressMiddleware"
 
 def add_to(parser: Any) -> None:
     """Put the middleware into the default of `--middleware`, where the parser has that."""
-    from ..patches import budgets_in_batches
-
     budgets_in_batches()  # vllm run-batch has the same parser, and no application
     for action in parser._actions:
         if action.dest == "middleware" and PATH not in (action.default or []):
@@ -50,15 +50,12 @@ class ExpressMiddleware:
         await self.app(scope, receive, send)
 
     def _start(self, app: Any) -> None:
-        from ..platforms.common import chosen
-
         config = getattr(app.state, "vllm_config", None)
         if config is None or getattr(app.state, "engine_client", None) is None:
             return  # a server without an engine
         if not chosen(config):
             return
-        from ..patches import cut_messages_before_cleaning
-        from .routes import attach
+        from .routes import attach  # FastAPI and vLLM's server: not where only arguments are read
 
         cut_messages_before_cleaning()
         attach(app)

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel, Field
 
-from ..budget import Budget, ServerConfig
+from ..budget import Budget
+from ..config import ServerConfig
 from ..kvsize import KVSize
 from ..layout import MIN_SLOTS, Layout
+from ..settings import Settings
 from .usage import Sequence, usage
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """The engine's pool: `blocks` usable by requests, of `block_size` slots."""
+    """The engine's pool: `blocks` for requests, of `block_size` slots of an ordinary layer."""
 
     blocks: int
     block_size: int
     max_requests: int
+
+    def tokens(self, size: KVSize) -> int:
+        """What the pool holds, in tokens of exact attention."""
+        return self.blocks * self.block_size * (size.layers + size.extra) // size.layers
+
+    def equal(self, size: KVSize) -> Capacity:
+        """The same bytes in a server all of whose layers are equal."""
+        return replace(self, blocks=self.tokens(size) // self.block_size)
 
     def needs(self, slots: int) -> int:
         return math.ceil(slots / self.block_size)
@@ -31,14 +41,14 @@ class Capacity:
 
 
 class Pair(BaseModel):
-    """The same number for the planned budget and for exact attention."""
+    """The same number for the planned budget and for exact attention (all layers equal)."""
 
     planned: int
     exact: int
 
 
 class Attended(BaseModel):
-    """Entries that an output token attends to, itself included."""
+    """Entries that an output token attends to, itself included: means over the layers."""
 
     mean: float
     most: int
@@ -75,32 +85,51 @@ class Plan(BaseModel):
 
 
 def plan(
-    budget: Budget, config: ServerConfig, size: KVSize, capacity: Capacity,
-    prompt_tokens: int, max_tokens: int,
-) -> Plan:  # fmt: skip
+    budget: Budget, settings: Settings, capacity: Capacity, prompt_tokens: int, max_tokens: int
+) -> Plan:
     """The `Plan` of a request; its last token is sampled but never stored."""
-    used = usage([Sequence(budget, prompt_tokens, max_tokens)])
-    peak, stored = used["peak_kv_tokens"], used["exact_kv_tokens"]
-    outputs = (prompt_tokens, stored + 1)
+    size, sequence = settings.size, Sequence(budget, prompt_tokens, max_tokens)
+    used = usage([sequence], size)
+    stored, slots = sequence.stored, budget.reserved(sequence.stored)
     return Plan(
         **used,  # all but `sequences`, which a plan has one of
         compute_tokens=budget.compute_tokens,
-        bytes=Pair(planned=peak * size.slot_bytes, exact=stored * size.slot_bytes),
-        blocks=Pair(planned=capacity.needs(peak), exact=capacity.needs(stored)),
-        concurrent_requests=Pair(planned=capacity.fits(peak), exact=capacity.fits(stored)),
-        attended_tokens=attended(budget.layout, *outputs),
-        error_bound=error_bound(budget, config),
+        bytes=Pair(
+            planned=used["peak_kv_tokens"] * size.bytes_per_token,
+            exact=stored * size.bytes_per_token,
+        ),
+        blocks=Pair(planned=capacity.needs(slots), exact=capacity.needs(stored)),
+        concurrent_requests=Pair(
+            planned=capacity.fits(slots), exact=capacity.equal(size).fits(stored)
+        ),
+        attended_tokens=attended(budget, settings, prompt_tokens, stored + 1),
+        error_bound=error_bound(budget, settings.config),
     )
 
 
-def attended(layout: Layout | None, start: int, stop: int) -> Attended:
+def attended(budget: Budget, settings: Settings, start: int, stop: int) -> Attended:
     """Over states of `start` to `stop` - 1 tokens."""
-    exact = (start + stop - 1) / 2
+    wide = len(settings.config.wide_layers or ())
+    ordinary = _attended(budget.layout, start, stop)
+    found = [
+        (settings.size.layers - wide, ordinary),
+        (wide, _attended(budget.layout_in(True), start, stop) if wide else ordinary),
+    ]
+
+    def mean(index: int) -> float:
+        return sum(layers * pair[index] for layers, pair in found) / settings.size.layers
+
+    return Attended(
+        mean=round(mean(0), 2), most=math.ceil(mean(1)), exact_mean=(start + stop - 1) / 2
+    )
+
+
+def _attended(layout: Layout | None, start: int, stop: int) -> tuple[float, int]:
+    """The mean and the most of one layer."""
     if layout is None:
-        return Attended(mean=exact, most=stop - 1, exact_mean=exact)
+        return (start + stop - 1) / 2, stop - 1
     found = layout.attended(start, stop)
-    mean = round(found.total / (stop - start), 2)
-    return Attended(mean=mean, most=found.most, exact_mean=exact)
+    return found.total / (stop - start), found.most
 
 
 def error_bound(budget: Budget, config: ServerConfig) -> Bound:
@@ -119,16 +148,16 @@ def error_bound(budget: Budget, config: ServerConfig) -> Bound:
     return Bound(applies=False, factor=None, coreset_tokens=None, note=note)
 
 
-def describe_server(
-    config: ServerConfig, size: KVSize, capacity: Capacity, max_model_len: int, fields: Any
-) -> dict[str, Any]:
+def describe_server(settings: Settings, capacity: Capacity, fields: Any) -> dict[str, Any]:
     """The answer of `GET /v1/express/config`.
 
     Where no sequence is long enough to be thinned, every request is exact and there is no shape.
     """
-    cap = config.memory_cap(max_model_len)
+    config, size = settings.config, settings.size
+    cap = settings.max_memory_tokens
     memory = min(config.memory_tokens, cap)
-    shape = None if memory < MIN_SLOTS else asdict(config.shape(memory, config.profile))
+    slots = size.slots(memory)
+    shape = None if slots < MIN_SLOTS else asdict(config.shape(slots, config.profile))
     return {
         "defaults": {
             "memory_tokens": memory,
@@ -136,19 +165,20 @@ def describe_server(
             "mode": config.mode, "profile": config.profile, "seed": config.seed,
         },
         "limits": {
-            "min_memory_tokens": config.min_memory_tokens,
-            "max_memory_tokens": max(cap, config.min_memory_tokens),
-            "max_model_len": max_model_len,
+            "min_memory_tokens": settings.min_memory_tokens,
+            "max_memory_tokens": max(cap, settings.min_memory_tokens),
+            "max_model_len": settings.max_model_len,
         },
+        "exact_tokens": slots,
         "schedule": config.schedule,
         "shape": shape,
         "wide": {"layers": config.wide_layers or (), "factor": config.wide_factor},
-        "bytes_per_token": size.slot_bytes,
+        "bytes_per_token": size.bytes_per_token,
         "model_shape": asdict(size),
         "pool": {
             "block_size": capacity.block_size, "blocks": capacity.blocks,
-            "kv_slots": capacity.blocks * capacity.block_size,
-            "bytes": capacity.blocks * capacity.block_size * size.slot_bytes,
+            "kv_tokens": capacity.tokens(size),
+            "bytes": capacity.tokens(size) * size.bytes_per_token,
             "max_requests": capacity.max_requests,
         },
         "fields": fields.model_json_schema()["properties"],

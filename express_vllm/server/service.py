@@ -9,8 +9,10 @@ from typing import Annotated, Any
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, create_model
 
-from ..edge import Edge, current
+from ..budget import resolve
+from ..edge import current
 from ..fields import BudgetError, Fields
+from ..settings import Settings
 from .answer import with_usage
 from .body import OBJECT, PREFIX, budget, check_duplicates, refuse_beam_search
 from .errors import refused
@@ -38,8 +40,8 @@ class Service:
 
     def __init__(self, state: Any) -> None:
         self.vllm_config = config = state.vllm_config
-        self.edge = Edge.of(config)
-        self.fields: type[Fields] = self.edge.config.fields(self.edge.max_model_len)
+        self.settings = Settings.of(config)
+        self.fields: type[Fields] = self.settings.fields
         # Its type is for the schema; `budget` checks it, with better errors.
         express: Any = Annotated[self.fields | None, SkipValidation]
         text = "what the request's KV cache may use (docs/api.md)"
@@ -68,7 +70,7 @@ class Service:
         if isinstance(body, dict) and OBJECT in body:
             check_duplicates(text)
         prefix, fields = budget(body, self.fields)
-        return Call(route, prefix, fields, self.recent)
+        return Call(route, self.settings.size, prefix, fields, self.recent)
 
     async def answer(self, call: Call, handle: Callable[[], Awaitable[Response]]) -> Response:
         """What `handle` answers, with usage; a refusal is raised, whatever it makes of that."""
@@ -96,39 +98,36 @@ class Service:
             await self.responses.begun(response, call)
 
     def describe(self) -> dict[str, Any]:
-        edge = self.edge
-        return describe_server(
-            edge.config, edge.size, self.capacity, edge.max_model_len, self.fields
-        )
+        return describe_server(self.settings, self.capacity, self.fields)
 
     def plan(self, request: Any, body: bytes) -> Plan:
         """The plan of a request.  Raises vLLM's validation error (400)."""
-        edge, length = self.edge, request.prompt_tokens + request.max_tokens
+        settings, length = self.settings, request.prompt_tokens + request.max_tokens
         try:
             check_duplicates(body)
-            if length > edge.max_model_len:
+            if length > settings.max_model_len:
                 raise BudgetError(
                     "prompt_tokens", request.prompt_tokens,
                     f"with max_tokens={request.max_tokens} it is {length}, and the model's "
-                    f"maximal length is {edge.max_model_len}", "length",
+                    f"maximal length is {settings.max_model_len}", "length",
                 )  # fmt: skip
             _, fields = budget({OBJECT: request.express}, self.fields)
-            found = edge.resolve(fields, request.prompt_tokens, request.max_tokens, PREFIX)
+            found = resolve(
+                fields, settings, prompt_tokens=request.prompt_tokens,
+                max_tokens=request.max_tokens, prefix=PREFIX,
+            )  # fmt: skip
         except BudgetError as error:
             raise refused(error) from error
-        return plan(
-            found, edge.config, edge.size, self.capacity,
-            request.prompt_tokens, request.max_tokens,
-        )  # fmt: skip
+        return plan(found, settings, self.capacity, request.prompt_tokens, request.max_tokens)
 
     def status(self) -> dict[str, Any]:
         """What the engines hold now, and the last requests of this API server, newest first."""
-        capacity = self.capacity
+        capacity, size = self.capacity, self.settings.size
         return {
             **read_gauges(),
-            "kv_slots": capacity.blocks * capacity.block_size,
+            "kv_tokens": capacity.tokens(size),
             "block_size": capacity.block_size,
-            "bytes_per_token": self.edge.size.slot_bytes,
+            "bytes_per_token": size.bytes_per_token,
             "model": self.vllm_config.model_config.served_model_name,
             "requests": [call.row() for call in reversed(self.recent)],
         }

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from ..budget import Budget
+from ..kvsize import KVSize
 
 
 @dataclass
@@ -26,24 +27,24 @@ class Sequence:
 
 
 class Usage(BaseModel):
-    """`usage.express` of an answer.  Counts are KV slots per layer and KV head.
+    """`usage.express` of an answer.  Memory is in tokens of exact attention (kvsize.py).
 
     With several sequences (`n`, several prompts) peaks and compactions are their sums, and the
     memory is that of one of them.
     """
 
     mode: str
-    memory_tokens: int = Field(description="the budget of each sequence")
-    peak_kv_tokens: int = Field(description="slots that were reserved at most")
-    exact_kv_tokens: int = Field(description="slots that exact attention would have held")
+    memory_tokens: int = Field(description="the budget of each sequence, as it was granted")
+    peak_kv_tokens: int = Field(description="the most memory that was reserved")
+    exact_kv_tokens: int = Field(description="the memory that exact attention would have taken")
     compactions: int
     compression_ratio: float = Field(description="exact_kv_tokens / peak_kv_tokens")
     sequences: int
 
 
-def usage(sequences: list[Sequence]) -> dict[str, Any]:
+def usage(sequences: list[Sequence], size: KVSize) -> dict[str, Any]:
     """The `Usage` of the sequences of one call, as a dictionary."""
-    peak = sum(s.budget.reserved(s.stored) for s in sequences)
+    peak = sum(size.tokens(s.budget.reserved(s.stored)) for s in sequences)
     exact = sum(s.stored for s in sequences)
     return Usage(
         mode=sequences[0].budget.mode,

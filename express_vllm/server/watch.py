@@ -20,6 +20,7 @@ from typing import Any
 from ..budget import Budget
 from ..edge import current
 from ..fields import PREFIX
+from ..kvsize import KVSize
 from .usage import Sequence, usage
 
 #: How many calls the page shows.
@@ -35,6 +36,7 @@ class Call:
     """
 
     route: str
+    size: KVSize
     prefix: str = PREFIX
     fields: dict[str, Any] = field(default_factory=dict)
     #: The calls that the page shows; this one joins them when the engine takes it.
@@ -80,7 +82,7 @@ class Call:
         self.finished = self.finished or time.time()
 
     def usage(self) -> dict[str, Any] | None:
-        return usage(self.sequences) if self.requests else None
+        return usage(self.sequences, self.size) if self.requests else None
 
     def row(self) -> dict[str, Any]:
         """What the page shows; never what was asked or answered."""

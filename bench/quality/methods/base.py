@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from express_vllm.budget import ServerConfig
+from express_vllm.config import ServerConfig
 from express_vllm.layout import Shape, make_shape
 from express_vllm.wide import settle
 

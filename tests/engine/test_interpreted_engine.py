@@ -1,0 +1,60 @@
+"""The GPU path without a GPU: Model Runner V2 and the Triton kernels in Triton's interpreter.
+
+A small random model gives the tokens of the CPU path: chunks and decodes, events in both, exact
+requests, several budgets in one batch, an ordinary and a wide layer.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engines import request, run_engine
+
+pytestmark = pytest.mark.server
+VOCABULARY = 500
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory):
+    """Two layers, 4 query and 2 KV heads of size 32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, vocab_size=VOCABULARY, max_position_embeddings=2048,
+        initializer_range=0.3,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("random-model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_gpu_path_gives_the_tokens_of_the_cpu_path(tmp_path, random_model):
+    generator = torch.Generator().manual_seed(4)
+
+    def prompt(count):
+        return torch.randint(VOCABULARY, (count,), generator=generator).tolist()
+
+    requests = [
+        request(prompt(300), 12, memory_tokens=160),
+        request(prompt(40), 12, mode="exact"),
+        request(prompt(1), 3),
+        request(prompt(100), 60, memory_tokens=128, seed=5),
+        request(prompt(120), 24, memory_tokens=128, profile="even"),
+        request(prompt(230), 30, memory_tokens=128),  # the wide layer's first event is at 240
+    ]
+    calls = [("generate", {"requests": requests})]
+    options = {
+        "model": random_model, "skip_tokenizer_init": True, "block_size": 16,
+        "max_num_batched_tokens": 192, "max_model_len": 512,
+        "additional_config": {
+            "express": {"memory_tokens": 128, "wide_layers": [1], "wide_factor": 2}
+        },
+    }  # fmt: skip
+    (cpu,) = run_engine(tmp_path, "express", calls, **options)
+    (gpu,) = run_engine(tmp_path, "express", calls, interpret=True, **options)
+    margins = min(min(row) for row in cpu["margins"])
+    print(f"smallest gap between the best two tokens: {margins:.4f}")
+    assert gpu["tokens"] == cpu["tokens"]
+    assert gpu["leaked"] == 0 and gpu["budgets_left"] == 0

@@ -1,0 +1,62 @@
+"""LoRA adapters under the real engine: they change keys and values, not who decides about them."""
+
+import json
+
+import pytest
+import torch
+from engines import BLOCK, OWN, request, run_engine, same_tokens
+from safetensors.torch import save_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.server]
+RANK = 8
+
+
+def write_adapter(folder, config, *, scale):
+    """A random adapter of queries, keys and values in PEFT's format; scale 0 changes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = config.hidden_size
+    keys = config.num_key_value_heads * (hidden // config.num_attention_heads)
+    sizes = {"q_proj": hidden, "k_proj": keys, "v_proj": keys}
+    weights = {}
+    for layer in range(config.num_hidden_layers):
+        for name, size in sizes.items():
+            path = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            down = torch.randn(RANK, hidden, generator=generator) * hidden**-0.5
+            weights[f"{path}.lora_A.weight"] = down
+            weights[f"{path}.lora_B.weight"] = torch.randn(size, RANK, generator=generator) * scale
+    folder.mkdir()
+    description = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "bias": "none",
+                   "task_type": "CAUSAL_LM", "target_modules": list(sizes)}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(description))
+    save_file(weights, folder / "adapter_model.safetensors")
+    return str(folder)
+
+
+def test_adapters_and_budgets_go_together(tmp_path, tokens, small_config):
+    nothing = write_adapter(tmp_path / "nothing", small_config, scale=0.0)
+    random = write_adapter(tmp_path / "random", small_config, scale=0.3)
+    long, short = tokens[:1500], tokens[3000:3200]
+    bounded = request(long, 32, memory_tokens=512, seed=3)
+    fits = request(short, 32, memory_tokens=512)
+    lora = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 2}
+
+    def generate(*requests):
+        return ("generate", {"requests": requests})
+
+    # Not mixed with requests without an adapter: on a CPU vLLM 0.32 lends those another's.
+    calls = [
+        generate(bounded),
+        generate(bounded | {"lora": nothing}),
+        generate(bounded | {"lora": random}),
+        generate(bounded | {"lora": random}, bounded | {"lora": nothing}),
+        generate(fits | {"lora": random}),
+    ]
+    base, zero, alone, mixed, short_text = run_engine(tmp_path, "express", calls, **lora)
+    calls = [generate(request(short, 32) | {"lora": random})]
+    (own,) = run_engine(tmp_path, OWN, calls, **lora, max_model_len=1024)
+    assert zero["tokens"] == base["tokens"]
+    assert alone["tokens"] != base["tokens"]
+    assert mixed["tokens"] == [*alone["tokens"], *zero["tokens"]]
+    assert {result["peak_blocks"] for result in (base, zero, alone, mixed)} == {512 // BLOCK}
+    assert not mixed["leaked"] and not mixed["budgets_left"]
+    assert same_tokens(short_text, own) == 1, "the tokens of vLLM's own backend"

@@ -1,0 +1,282 @@
+"""The request API on a real server: the OpenAI client, streams, refusals, plans, other routes."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import httpx
+import openai
+import pytest
+from serving import BLOCK_SIZE, BLOCKS, watch
+
+pytestmark = pytest.mark.server
+#: Bytes of a slot: 27 ordinary layers, 3 wide ones with four, 3 KV heads of 64, key and value.
+SLOT = (27 + 3 * 4) * 3 * 2 * 64 * 2
+CHAT = [{"role": "user", "content": "What is 2+2?"}]
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", timeout=300, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def long_prompt(tokens):
+    """1,500 tokens of real text."""
+    return tokens[:1500]
+
+
+def post(server, route, express, **more):
+    body = {"model": "small", "express": express}
+    if route == "completions":
+        body |= {"prompt": "Hello", "max_tokens": 4}
+    elif route == "chat/completions":
+        body |= {"messages": CHAT, "max_tokens": 4}
+    else:
+        body |= {"input": "Hello", "max_output_tokens": 4}
+    return server.client.post(f"/v1/{route}", json=body | more)
+
+
+def used(usage):
+    """`usage.express` of an answer of the OpenAI client, which knows no such field."""
+    return usage.model_extra["express"]
+
+
+# --- the OpenAI client --------------------------------------------------------------------------
+
+
+def test_completions_report_what_the_cache_held(server, client, long_prompt):
+    """The same numbers as the engine's own blocks and metrics."""
+    names = (
+        "peak_kv_tokens_sum",
+        "compactions_total",
+        "tokens_thinned_total",
+        "compaction_seconds_sum",
+    )
+    before = {name: server.metric(f"vllm:express_{name}") for name in names}
+    done, seen = threading.Event(), []
+    watcher = threading.Thread(target=watch, args=(server, done, seen))
+    watcher.start()
+    answer = client.completions.create(
+        model="small", prompt=long_prompt, max_tokens=30, temperature=0,
+        extra_body={"express": {"memory_tokens": 512, "seed": 7}, "ignore_eos": True},
+    )  # fmt: skip
+    done.set()
+    watcher.join()
+    found = used(answer.usage)
+    assert found == {
+        "mode": "express", "memory_tokens": 512, "peak_kv_tokens": 512, "exact_kv_tokens": 1529,
+        "compactions": found["compactions"], "compression_ratio": round(1529 / 512, 4),
+        "sequences": 1,
+    }  # fmt: skip
+    assert found["compactions"] > 10
+    assert max(seen) == math.ceil(found["peak_kv_tokens"] / BLOCK_SIZE)
+    assert server.metric("vllm:express_peak_kv_tokens_sum") - before["peak_kv_tokens_sum"] == 512
+    more = server.metric("vllm:express_compactions_total") - before["compactions_total"]
+    assert more == found["compactions"]
+    thinned = server.metric("vllm:express_tokens_thinned_total") - before["tokens_thinned_total"]
+    assert 1529 - 512 <= thinned < 1529, "what was not held any more at the end"
+    seconds = server.metric("vllm:express_compaction_seconds_sum")
+    assert seconds > before["compaction_seconds_sum"], "measured in the worker's process"
+
+
+def test_the_object_and_vllm_xargs_give_the_same_answer(client, long_prompt):
+    def text(**extra):
+        answer = client.completions.create(
+            model="small", prompt=long_prompt[:900], max_tokens=12, temperature=0, extra_body=extra
+        )
+        return answer.choices[0].text, used(answer.usage)
+
+    fields = {"memory_tokens": 256, "profile": "even", "seed": 3}
+    by_object = text(express=fields)
+    assert by_object == text(vllm_xargs={f"express_{k}": v for k, v in fields.items()})
+    assert by_object[1]["compactions"] > 0
+
+
+def test_chat_streams_report_in_the_last_chunk(client):
+    def chunks(**options):
+        return list(
+            client.chat.completions.create(
+                model="small", messages=CHAT, max_tokens=6, temperature=0, stream=True,
+                extra_body={"express": {"memory": "16MiB"}}, **options,
+            )
+        )  # fmt: skip
+
+    with_usage = chunks(stream_options={"include_usage": True})
+    assert [chunk.usage for chunk in with_usage[:-1]] == [None] * (len(with_usage) - 1)
+    found = used(with_usage[-1].usage)
+    assert found["memory_tokens"] == 16 * 2**20 // SLOT
+    assert found["peak_kv_tokens"] == with_usage[-1].usage.total_tokens - 1
+    assert all(chunk.usage is None for chunk in chunks()), "only who asks for usage gets it"
+
+
+def test_responses_report_too(client):
+    arguments = {
+        "model": "small", "input": "Say hello.", "max_output_tokens": 6, "temperature": 0,
+        "extra_body": {"express": {"memory_tokens": 256}},
+    }  # fmt: skip
+    whole = client.responses.create(**arguments)
+    events = list(client.responses.create(stream=True, **arguments))
+    last = events[-1].response
+    assert events[-1].type == "response.completed"
+    assert used(last.usage) == used(whole.usage)
+    assert used(whole.usage)["exact_kv_tokens"] == whole.usage.total_tokens - 1
+
+
+def test_several_sequences_are_added_up(client):
+    answer = client.completions.create(
+        model="small", prompt=["Hello", "One two three"], n=2, max_tokens=5,
+        extra_body={"express": {"memory_tokens": 256}, "ignore_eos": True},
+    )  # fmt: skip
+    found = used(answer.usage)
+    assert found["sequences"] == 4
+    # Two prompts, each in two sequences, every one without its last token.
+    assert found["exact_kv_tokens"] == 2 * answer.usage.prompt_tokens + 20 - 4
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", ["completions", "chat/completions", "responses"])
+def test_refusals_are_openais_errors_also_for_streams(server, route, stream):
+    before = server.client.get("/metrics").text
+    answer = post(server, route, {"memory_tokens": 12}, stream=stream)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == "express.memory_tokens" and error["code"] == 400
+    assert error["type"] == "BadRequestError"
+    assert (
+        "express.memory_tokens=12 is not allowed: it must be an integer from 128 to 8192"
+        in (error["message"])
+    )
+    name = (
+        'vllm:express_refused_requests_total{engine="0",model_name="small",reason="memory_tokens"}'
+    )
+    assert count(server.client.get("/metrics").text, name) == count(before, name) + 1
+
+
+def count(text, name):
+    (line,) = [line for line in text.splitlines() if line.startswith(name)]
+    return float(line.rsplit(" ", 1)[1])
+
+
+@pytest.mark.parametrize("xargs", [{"express_memory_tokens": 12}, {"express_memory": "1KiB"}])
+@pytest.mark.parametrize("route", ["completions", "chat/completions", "responses"])
+def test_vllm_xargs_are_refused_before_a_stream_starts(server, route, xargs):
+    """The second needs the prompt's length, which vLLM knows only after it started the stream."""
+    answer = post(server, route, None, stream=True, vllm_xargs=xargs)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == next(iter(xargs))
+
+
+def test_a_budget_in_both_places_names_both(server):
+    answer = post(server, "completions", {"seed": 1}, vllm_xargs={"express_seed": 1})
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert "express=" in message and "express_seed" in message and "vllm_xargs" in message
+
+
+def test_exact_requests_that_could_grow_beyond_the_limit_say_so(server):
+    body = {"prompt_tokens": 8000, "max_tokens": 100, "express": {"mode": "exact", "memory": "50%"}}
+    answer = server.client.post("/v1/express/plan", json=body)
+    assert answer.status_code == 400
+    assert "express.mode='exact'" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("express", [{"memory_tokens": 256}, None])
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+def test_beam_search_is_refused_with_a_budget_or_without(server, route, express):
+    answer = post(server, route, express, use_beam_search=True, n=2)
+    assert answer.status_code == 400 and "beam search" in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] == "use_beam_search"
+
+
+# --- express's own routes -----------------------------------------------------------------------
+
+
+def test_the_configuration_is_the_servers(server):
+    config = server.client.get("/v1/express/config").json()
+    assert config["defaults"]["memory_tokens"] == 1024
+    assert config["limits"]["max_memory_tokens"] == 8192
+    assert config["bytes_per_token"] == SLOT
+    assert config["wide"] == {"layers": [18, 20, 23], "factor": 4}
+    assert config["pool"]["blocks"] == BLOCKS - 1 and config["pool"]["block_size"] == BLOCK_SIZE
+    memory = config["fields"]["memory_tokens"]["anyOf"][0]
+    assert (memory["minimum"], memory["maximum"]) == (128, 8192)
+
+
+def test_a_plan_is_what_then_happens(server, client, long_prompt):
+    body = {"prompt_tokens": 900, "max_tokens": 8, "express": {"memory_tokens": 256}}
+    plan = server.client.post("/v1/express/plan", json=body).json()
+    answer = client.completions.create(
+        model="small", prompt=long_prompt[:900], max_tokens=8, temperature=0,
+        extra_body={"express": {"memory_tokens": 256}, "ignore_eos": True},
+    )  # fmt: skip
+    found = used(answer.usage)
+    for name in ("peak_kv_tokens", "exact_kv_tokens", "compactions", "compression_ratio"):
+        assert plan[name] == found[name]
+    assert plan["blocks"] == {"planned": 4, "exact": 15}
+    assert plan["concurrent_requests"]["planned"] == (BLOCKS - 1) // 4
+    assert plan["bytes"]["planned"] == 256 * SLOT
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"prompt_tokens": 0}, ["prompt_tokens"]),
+        ({"prompt_tokens": "10"}, ["prompt_tokens", "integer"]),
+        ({"prompt_tokens": 8000, "max_tokens": 500}, ["prompt_tokens=8000", "8500", "8192"]),
+        ({"prompt_tokens": 10**12}, ["prompt_tokens", "8192"]),
+        ({"prompt_tokens": 10**30}, ["prompt_tokens", "less than or equal"]),
+        ({"prompt_tokens": 10, "express": {"seed": 1.5}}, ["express.seed=1.5"]),
+        ({"prompt_tokens": 10, "expres": {}}, ["expres"]),
+        ({}, ["prompt_tokens"]),
+        ([], []),
+    ],
+)  # fmt: skip
+def test_bad_plans_are_refused(server, body, words):
+    answer = server.client.post("/v1/express/plan", json=body)
+    assert answer.status_code == 400, answer.text
+    for word in words:
+        assert word in answer.json()["error"]["message"]
+
+
+def test_recent_requests_are_listed_without_their_text(server):
+    answer = post(server, "completions", {"memory_tokens": 300}, prompt="a secret prompt")
+    status = server.client.get("/v1/express/status")
+    assert "secret" not in status.text and answer.json()["choices"][0]["text"] not in status.text
+    newest = status.json()["requests"][0]
+    assert newest["route"] == "/v1/completions" and not newest["running"]
+    assert newest["usage"] == answer.json()["usage"]["express"]
+    assert status.json()["kv_tokens"] == (BLOCKS - 1) * BLOCK_SIZE
+
+
+# --- everything else is vLLM's ------------------------------------------------------------------
+
+
+def test_the_schema_has_the_object_and_everything_of_vllms(server):
+    schema = server.client.get("/openapi.json").json()
+    paths = schema["paths"]
+    for path in ("/v1/models", "/tokenize", "/v1/messages", "/v1/responses/{response_id}"):
+        assert path in paths, f"vLLM's {path} is gone"
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
+        body = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        model = schema["components"]["schemas"][body["$ref"].rsplit("/", 1)[1]]
+        options = model["properties"]["express"]["anyOf"]
+        (fields,) = [o for o in options if "$ref" in o]
+        found = schema["components"]["schemas"][fields["$ref"].rsplit("/", 1)[1]]
+        assert found["properties"]["memory_tokens"]["anyOf"][0]["maximum"] == 8192
+        assert "temperature" in str(model["properties"].keys()) and "model" in model["properties"]
+
+
+def test_vllms_other_routes_work(server):
+    assert server.client.get("/v1/models").json()["data"][0]["id"] == "small"
+    assert server.client.get("/version").status_code == 200
+    tokens = server.client.post("/tokenize", json={"model": "small", "prompt": "Hello"}).json()
+    assert tokens["count"] == 1
+    body = {"model": "small", "max_tokens": 4, "messages": [{"role": "user", "content": "Hi"}]}
+    assert server.client.post("/v1/messages", json=body).json()["usage"]["output_tokens"] == 4
+    wrong = httpx.post(f"{server.url}/v1/completions", content=b"{}", timeout=60)
+    assert wrong.status_code == 400, "the content type is checked as before"

@@ -1,0 +1,225 @@
+"""Budgets: what is accepted, what is refused, and what the refusal says."""
+
+import json
+import math
+
+import msgspec
+import pytest
+from budgets import EQUAL, WIDE, resolve
+from budgets import settings as server
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from express_vllm.budget import on_grid, unpack
+from express_vllm.config import ServerConfig
+from express_vllm.fields import BudgetError
+from express_vllm.layout import RING_SLOTS
+
+CONFIG = ServerConfig(memory_tokens=1024, max_memory_tokens=4096)
+
+
+def ask(config=CONFIG, prompt=6000, max_tokens=100, size=EQUAL, **fields):
+    arguments = {f"express_{name}": value for name, value in fields.items()}
+    return resolve(arguments, config, prompt_tokens=prompt, max_tokens=max_tokens, size=size)
+
+
+def test_defaults_come_from_the_server():
+    budget = ask()
+    assert (budget.mode, budget.memory_tokens, budget.profile) == ("express", 1024, "recent")
+    assert budget.shape.slots == 1024 and budget.reserved(6000) == 1024
+
+
+def test_compute_caps_what_a_token_attends_to():
+    budget = ask(memory_tokens=2048, compute_tokens=512)
+    assert budget.layout.attended_peak == 512
+    assert budget.shape.slots == 512 + RING_SLOTS <= budget.memory_tokens
+
+
+def test_a_sequence_that_fits_stays_exact():
+    for fits in (ask(memory_tokens=4096, prompt=4000, max_tokens=96), ask(mode="exact", prompt=50)):
+        assert fits.shape is None
+        assert fits.reserved(70) == 70
+    assert ask(memory_tokens=4096, prompt=4000, max_tokens=97).shape is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"memory_tokens": 127}, ["express_memory_tokens", "127", "128", "4096"]),
+        ({"memory_tokens": 4097}, ["express_memory_tokens", "4097", "4096"]),
+        ({"memory_tokens": -1}, ["express_memory_tokens", "-1", "128"]),
+        ({"memory_tokens": 2**63}, ["express_memory_tokens", str(2**63), "4096"]),
+        ({"memory_tokens": "512"}, ["express_memory_tokens", "'512'", "integer"]),
+        ({"memory_tokens": 512.0}, ["express_memory_tokens", "512.0", "integer"]),
+        ({"memory_tokens": True}, ["express_memory_tokens", "True", "integer"]),
+        ({"memory_tokens": [512]}, ["express_memory_tokens", "[512]", "integer"]),
+        ({"memory_tokens": math.nan}, ["express_memory_tokens", "nan", "integer"]),
+        ({"compute_tokens": 2000}, ["express_compute_tokens", "2000", "1024"]),
+        ({"seed": -1}, ["express_seed", "-1", "0"]),
+        ({"mode": "fast"}, ["express_mode", "'fast'", "express, exact"]),
+        ({"profile": 3}, ["express_profile", "3", "recent, even"]),
+        ({"memory": 512}, ["express_memory", "did you mean express_memory_tokens"]),
+        ({"mode": "exact"}, ["express_mode", "6100", "4096", "max_tokens"]),
+    ],
+)
+def test_bad_fields_name_field_value_and_range(fields, words):
+    with pytest.raises(BudgetError) as error:
+        ask(**fields)
+    for word in words:
+        assert word in str(error.value)
+
+
+@given(st.integers(128, 1 << 24))
+def test_the_grid_gives_nearly_what_is_asked_for(slots):
+    granted = on_grid(slots)
+    assert slots * (1 - 15 / 143) <= granted <= slots
+    assert on_grid(granted) == granted, "what a request was granted it can ask for"
+
+
+def test_a_server_has_a_few_hundred_shapes_whatever_is_asked_for():
+    """All memory budgets of a server of 128K tokens, and compute budgets below them."""
+    config = ServerConfig()
+    shapes = set()
+    for memory in range(128, 131_072, 7):
+        extra = {"express_memory_tokens": memory}
+        if memory % 2:
+            extra["express_compute_tokens"] = 128 + memory * 37 % (memory - 127)
+        budget = resolve(
+            extra, config, prompt_tokens=131_000, max_tokens=72, max_model_len=131_072
+        )  # fmt: skip
+        assert budget.slots <= budget.memory_tokens <= memory
+        shapes.add(budget.shape)
+    assert 100 < len(shapes) < 400
+
+
+def test_the_operators_minimum_is_granted_even_off_the_grid():
+    config = ServerConfig(memory_tokens=2048, min_memory_tokens=205)
+    assert ask(config, memory_tokens=206).memory_tokens == 205
+
+
+@given(
+    st.integers(167, 4096), st.integers(1, 8000), st.integers(1, 300), st.integers(0, 2**63 - 1),
+    st.sampled_from(["recent", "even"]),
+)  # fmt: skip
+def test_a_budget_survives_its_way_to_the_engine(memory, prompt, output, seed, profile):
+    config = ServerConfig(max_memory_tokens=4096, wide_layers=(1,))
+    budget = ask(
+        config, prompt, output, WIDE, memory_tokens=memory, seed=seed, profile=profile
+    )  # fmt: skip
+    here, length = server(config, size=WIDE), prompt + output
+    sent = msgspec.msgpack.decode(msgspec.msgpack.encode(budget.packed))
+    assert unpack(sent, here, length) == budget
+    assert unpack(json.loads(json.dumps(budget.packed)), here, length) == budget
+
+
+@pytest.mark.parametrize(
+    ("packed", "length"),
+    [
+        (None, 100),
+        ({"mode": "express"}, 100),
+        ([], 100),
+        (["express", 512, 512, 0, "recent", 512], 6000),
+        (["express", 512, 512, 0, "nowhere", 512, True, 0], 6000),
+        (["express", 512, 512, 0, "recent", 100, True, 0], 6000),
+        (["express", 512, 512, 0, "recent", 512, True, 512], 6000),
+        (["express", 8000, 8000, 0, "recent", 8000, True, 0], 6000),
+        (["exact", 4096, 4096, 0, "recent", 99, False, 0], 100),
+        (["exact", 8192, 8192, 0, "recent", 5000, False, 0], 5000),
+    ],
+)
+def test_what_is_no_budget_of_this_server_is_told(packed, length):
+    """A request that outgrows what its budget says would write into the blocks of others."""
+    with pytest.raises(ValueError, match=r"no budget|not one of|at least 128"):
+        unpack(packed, server(CONFIG), length)
+
+
+def test_a_budget_of_another_division_among_layers_is_told():
+    wide = server(ServerConfig(wide_layers=(1,)), size=WIDE)
+    for slots in (0, 4 * 512 + 1):
+        with pytest.raises(ValueError, match="no budget of this server"):
+            unpack(["express", 666, 666, 0, "recent", 512, True, slots], wide, 6000)
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 8000), st.sampled_from(["lazy", "paper"]), st.booleans())
+def test_memory_and_compute_are_means_over_the_layers(data, prompt, schedule, heavy):
+    """27 layers and 3 wide ones, whatever is asked for: never more than the budget, and all of it
+    but the grid's and the division's remainders."""
+    config = ServerConfig(
+        wide_layers=(18, 20, 23), schedule=schedule, heavy=None if heavy else 0
+    )  # fmt: skip
+    here = server(config, size=WIDE)
+    memory = data.draw(st.integers(here.min_memory_tokens, here.max_memory_tokens))
+    compute = data.draw(st.integers(here.least_tokens, memory))
+    budget = ask(
+        config, prompt, 192, WIDE, memory_tokens=memory, compute_tokens=compute
+    )  # fmt: skip
+    tokens = prompt + 192
+    layers = [(27, budget.layout), (3, budget.layout_in(True))]
+    if budget.layout is None:
+        assert WIDE.tokens(tokens) <= compute, "a request that keeps every token fits its budget"
+        return
+    assert tokens > WIDE.slots(compute)
+    held = sum(n * layout.shape.slots for n, layout in layers) / 30
+    attended = sum(n * layout.attended_peak for n, layout in layers) / 30
+    assert held <= budget.memory_tokens <= memory
+    assert attended <= budget.compute_tokens <= compute
+    if compute == memory:
+        assert held > budget.memory_tokens - 2 and budget.memory_tokens > memory * 0.89
+
+
+def test_an_exact_request_says_how_many_tokens_its_memory_keeps():
+    with pytest.raises(BudgetError, match=r"6100 tokens, but .* of 6500 keeps 5000"):
+        ask(ServerConfig(wide_layers=(1,)), size=WIDE, mode="exact", memory_tokens=6500)
+    budget = ask(ServerConfig(wide_layers=(1,)), size=WIDE, mode="exact", memory_tokens=7930)
+    assert budget.reserved(6100) == 6100
+
+
+def test_other_extra_args_are_left_alone():
+    arguments = {"session_id": "a", "kv_transfer_params": {}}
+    budget = resolve(arguments, CONFIG, prompt_tokens=10, max_tokens=None)
+    assert budget.memory_tokens == 1024
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(128, 4096),
+    st.data(),
+    st.integers(1, 8000),
+    st.sampled_from(["recent", "even"]),
+    st.sampled_from(["lazy", "paper"]),
+)
+def test_no_legal_budget_is_exceeded(memory, data, prompt, profile, schedule):
+    compute = data.draw(st.integers(128, memory))
+    config = ServerConfig(memory_tokens=128, max_memory_tokens=4096, schedule=schedule)
+    budget = ask(
+        config,
+        memory_tokens=memory,
+        compute_tokens=compute,
+        prompt=prompt,
+        profile=profile,
+        max_tokens=192,
+    )
+    total = min(prompt + 192, 8192)
+    assert budget.reserved(total) <= memory
+    if budget.layout is not None:
+        assert budget.layout.attended_peak <= compute
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"memory_token": 5}, ["express.memory_token", "did you mean memory_tokens"]),
+        ({"memory_tokens": 5}, ["express.memory_tokens", "5", "128"]),
+        ({"memory_tokens": 4096, "max_memory_tokens": 2048}, ["max_memory_tokens", "4096"]),
+        ({"schedule": "eager"}, ["express.schedule", "lazy, paper"]),
+        ({"exponent": 1.5}, ["express.exponent", "1.5", "from 0 to 1"]),
+        ({"window": 2000}, ["express.memory_tokens", "2000"]),
+        (["x"], ["express", "object"]),
+    ],
+)
+def test_bad_server_config_is_refused(raw, words):
+    with pytest.raises(BudgetError) as error:
+        ServerConfig.parse(raw)
+    for word in words:
+        assert word in str(error.value)
