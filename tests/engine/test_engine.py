@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from budgets import resolve
+from budgets import WIDE, resolve
 from engines import BLOCK, OWN, SUPPORT, request, run_engine, same_tokens
 
 from express_vllm.config import ServerConfig
@@ -37,7 +37,7 @@ def workload(tokens, prompts):
     ]
     sampled = [request(tokens[i * 500 : i * 500 + 600], 12) for i in range(3)]
     growing = [
-        request(tokens[i * 700 : i * 700 + 100], 100, memory_tokens=192) for i in range(GROWING)
+        request(tokens[i * 700 : i * 700 + 100], 100, memory_tokens=240) for i in range(GROWING)
     ]
     aborted = [request(tokens[i * 100 : i * 100 + 400], 64, memory_tokens=256) for i in range(50)]
     return {
@@ -107,15 +107,16 @@ def own(tmp_path_factory, workload):
 
 
 def test_a_request_holds_at_most_its_budget(express):
-    assert express["alone"]["peak_blocks"] == math.ceil(512 / BLOCK)
-    assert express["preempted"]["peak_blocks"] == math.ceil(192 / BLOCK)
+    """Slots of ordinary layers in 512 and 240 tokens of memory: the model has wide layers."""
+    assert express["alone"]["peak_blocks"] == math.ceil(393 / BLOCK)
+    assert express["preempted"]["peak_blocks"] == math.ceil(184 / BLOCK)
 
 
 @pytest.mark.parametrize("job", ["alone", "batch", "chunks", "exact"])
 def test_usage_is_the_engines_own_accounting(express, workload, job):
     """`usage.express` needs only lengths; the blocks that the engine gave out say the same."""
     requests = {"batch": workload["mixed"], "exact": workload["short_exact"]}
-    config = ServerConfig(memory_tokens=512, max_memory_tokens=1024)
+    config = ServerConfig(memory_tokens=512, max_memory_tokens=1024, wide_layers=(18, 20, 23))
     ran = zip(
         requests.get(job, [workload["seeded"]]), express[job]["tokens"], express[job]["peaks"],
         strict=True,
@@ -124,10 +125,10 @@ def test_usage_is_the_engines_own_accounting(express, workload, job):
         prompt = len(sent["prompt"])
         budget = resolve(
             sent["extra_args"], config, prompt_tokens=prompt, max_tokens=sent["max_tokens"],
-            max_model_len=8192,
+            size=WIDE,
         )  # fmt: skip
-        found = usage([Sequence(budget, prompt, len(tokens))])
-        assert math.ceil(found["peak_kv_tokens"] / BLOCK) == blocks
+        found = usage([Sequence(budget, prompt, len(tokens))], WIDE)
+        assert math.ceil(WIDE.slots(found["peak_kv_tokens"]) / BLOCK) == blocks
 
 
 def test_a_fitting_budget_is_exact_mode_to_the_byte(express):

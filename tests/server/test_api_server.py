@@ -8,11 +8,13 @@ import threading
 import httpx
 import openai
 import pytest
+from budgets import WIDE
 from serving import BLOCK_SIZE, BLOCKS, watch
 
 pytestmark = pytest.mark.server
 #: Bytes of a slot: 27 ordinary layers, 3 wide ones with four, 3 KV heads of 64, key and value.
-SLOT = (27 + 3 * 4) * 3 * 2 * 64 * 2
+#: Bytes of a token's keys and values in the model's 30 layers.
+TOKEN = 30 * 3 * 2 * 64 * 2
 CHAT = [{"role": "user", "content": "What is 2+2?"}]
 
 
@@ -66,17 +68,18 @@ def test_completions_report_what_the_cache_held(server, client, long_prompt):
     watcher.join()
     found = used(answer.usage)
     assert found == {
-        "mode": "express", "memory_tokens": 512, "peak_kv_tokens": 512, "exact_kv_tokens": 1529,
-        "compactions": found["compactions"], "compression_ratio": round(1529 / 512, 4),
+        # 393 slots in 27 layers, four times as many in the others, are 511 tokens' memory.
+        "mode": "express", "memory_tokens": 512, "peak_kv_tokens": 511, "exact_kv_tokens": 1529,
+        "compactions": found["compactions"], "compression_ratio": round(1529 / 511, 4),
         "sequences": 1,
     }  # fmt: skip
     assert found["compactions"] > 10
-    assert max(seen) == math.ceil(found["peak_kv_tokens"] / BLOCK_SIZE)
-    assert server.metric("vllm:express_peak_kv_tokens_sum") - before["peak_kv_tokens_sum"] == 512
+    assert max(seen) == math.ceil(393 / BLOCK_SIZE)
+    assert server.metric("vllm:express_peak_kv_tokens_sum") - before["peak_kv_tokens_sum"] == 511
     more = server.metric("vllm:express_compactions_total") - before["compactions_total"]
     assert more == found["compactions"]
     thinned = server.metric("vllm:express_tokens_thinned_total") - before["tokens_thinned_total"]
-    assert 1529 - 512 <= thinned < 1529, "what was not held any more at the end"
+    assert 1529 - 393 <= thinned < 1529, "what was not held any more at the end"
     seconds = server.metric("vllm:express_compaction_seconds_sum")
     assert seconds > before["compaction_seconds_sum"], "measured in the worker's process"
 
@@ -106,8 +109,8 @@ def test_chat_streams_report_in_the_last_chunk(client):
     with_usage = chunks(stream_options={"include_usage": True})
     assert [chunk.usage for chunk in with_usage[:-1]] == [None] * (len(with_usage) - 1)
     found = used(with_usage[-1].usage)
-    assert found["memory_tokens"] == 16 * 2**20 // SLOT
-    assert found["peak_kv_tokens"] == with_usage[-1].usage.total_tokens - 1
+    assert found["memory_tokens"] == 16 * 2**20 // TOKEN
+    assert found["peak_kv_tokens"] == WIDE.tokens(with_usage[-1].usage.total_tokens - 1)
     assert all(chunk.usage is None for chunk in chunks()), "only who asks for usage gets it"
 
 
@@ -199,12 +202,12 @@ def test_beam_search_is_refused_with_a_budget_or_without(server, route, express)
 def test_the_configuration_is_the_servers(server):
     config = server.client.get("/v1/express/config").json()
     assert config["defaults"]["memory_tokens"] == 1024
-    assert config["limits"]["max_memory_tokens"] == 8192
-    assert config["bytes_per_token"] == SLOT
+    assert config["limits"]["max_memory_tokens"] == WIDE.tokens(8192)
+    assert config["bytes_per_token"] == TOKEN
     assert config["wide"] == {"layers": [18, 20, 23], "factor": 4}
     assert config["pool"]["blocks"] == BLOCKS - 1 and config["pool"]["block_size"] == BLOCK_SIZE
     memory = config["fields"]["memory_tokens"]["anyOf"][0]
-    assert (memory["minimum"], memory["maximum"]) == (128, 8192)
+    assert (memory["minimum"], memory["maximum"]) == (167, WIDE.tokens(8192))
 
 
 def test_a_plan_is_what_then_happens(server, client, long_prompt):
@@ -217,9 +220,9 @@ def test_a_plan_is_what_then_happens(server, client, long_prompt):
     found = used(answer.usage)
     for name in ("peak_kv_tokens", "exact_kv_tokens", "compactions", "compression_ratio"):
         assert plan[name] == found[name]
-    assert plan["blocks"] == {"planned": 4, "exact": 15}
+    assert plan["blocks"] == {"planned": 4, "exact": 15}, "196 slots in blocks of 64"
     assert plan["concurrent_requests"]["planned"] == (BLOCKS - 1) // 4
-    assert plan["bytes"]["planned"] == 256 * SLOT
+    assert plan["bytes"]["planned"] == 255 * TOKEN
 
 
 @pytest.mark.parametrize(
@@ -250,7 +253,7 @@ def test_recent_requests_are_listed_without_their_text(server):
     newest = status.json()["requests"][0]
     assert newest["route"] == "/v1/completions" and not newest["running"]
     assert newest["usage"] == answer.json()["usage"]["express"]
-    assert status.json()["kv_tokens"] == (BLOCKS - 1) * BLOCK_SIZE
+    assert status.json()["kv_tokens"] == (BLOCKS - 1) * BLOCK_SIZE * 39 // 30
 
 
 # --- everything else is vLLM's ------------------------------------------------------------------
