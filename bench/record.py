@@ -133,6 +133,8 @@ def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a Markdown table; every row has the keys of the first."""
+    if not rows:
+        return "Nothing was measured."
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
     lines += ["| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows]
