@@ -94,6 +94,13 @@ def test_commands_exist(path):
             assert command in ("doctor", "check", "conflicts"), line
 
 
+def test_pages_name_files_of_the_code_that_exist():
+    for name, folder in (("architecture.md", ROOT), ("kernels.md", ROOT / "backend" / "kernels")):
+        _, _, table = (ROOT / "docs" / name).read_text().partition("| --- |")
+        found = re.findall(r"`([\w/]+(?:\.py|/))`", table.split("\n\n")[0])
+        assert found and [path for path in found if not (folder / path).exists()] == []
+
+
 def test_the_readme_is_read_in_two_minutes():
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
 
