@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -103,6 +104,14 @@ def test_pages_name_files_of_the_code_that_exist():
 
 def test_the_readme_is_read_in_two_minutes():
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
+
+
+def test_the_issue_form_asks_for_the_doctors_report():
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "fault.yml").read_text())
+    first = form["body"][0]
+    assert (
+        "express-vllm doctor" in first["attributes"]["label"] and first["validations"]["required"]
+    )
 
 
 def test_the_packages_description_has_absolute_links_to_files_that_exist():
