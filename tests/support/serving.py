@@ -87,7 +87,7 @@ def serve(model_path, log, *arguments, headers=None):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(
                     process.pid, signal.SIGKILL
-                )  # engines outlive a server that did not start
+                )  # engines outlive a server
 
 
 def _wait(client, process, log):
