@@ -282,7 +282,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--max-num-seqs", type=int, default=256, help="requests at once, at most")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
-    parser.add_argument("--name", default="engine", help="of the file in bench/results")
+    parser.add_argument("--name", default="engine", help="of the file in bench/results/speed/")
     parser.add_argument("--backends", nargs="*", default=BACKENDS)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
@@ -302,7 +302,7 @@ def main() -> None:
     for backend in options.backends:
         rows.append(in_process(backend))
         hardware = record.hardware(options.tensor_parallel_size)
-        path = record.save(options.name, rows, hardware=hardware)
+        path = record.save(f"speed/{options.name}", rows, hardware=hardware)
     print(record.table(transposed(rows)))
     print(f"stored in {path}")
 

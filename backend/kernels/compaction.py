@@ -17,7 +17,7 @@ import triton.language as tl
 from express_vllm.layout import DRAW
 from express_vllm.rng import STREAM_COMPLEMENT, STREAM_DRAW, STREAM_SIGN
 
-from . import columns
+from .columns import EVENT, OP, REQUEST, ROUND
 from .halving import differences, entry, keep, long_tile, measure, points, walk
 from .launch import kernel
 from .rows import event_key, mix, request_slots, wait_until, wide
@@ -92,17 +92,17 @@ def compact_kernel(
     for task in range(i_team, tasks, tl.num_programs(0) // team):
         i_head = task % heads
         i_request = (task // heads) % request_count
-        request = requests + i_request * columns.REQUEST
+        request = requests + i_request * REQUEST.words
         i_layer = task // (heads * request_count)
-        instance_first = tl.load(request + columns.INSTANCE).to(tl.int32)
-        event_count = tl.load(request + columns.EVENTS).to(tl.int32)
-        move = tl.load(request + columns.SHIFT)
+        instance_first = tl.load(request + REQUEST.first_event).to(tl.int32)
+        event_count = tl.load(request + REQUEST.events).to(tl.int32)
+        move = tl.load(request + REQUEST.shift)
         seed_low, seed_high = (
-            tl.load(request + columns.SEED_LOW).to(tl.uint32),
-            tl.load(request + columns.SEED_HIGH).to(tl.uint32),
+            tl.load(request + REQUEST.seed_low).to(tl.uint32),
+            tl.load(request + REQUEST.seed_high).to(tl.uint32),
         )
-        i_table = tl.load(request + columns.TABLE)
-        list_first, width = tl.load(request + columns.LIST), tl.load(request + columns.WIDTH)
+        i_table = tl.load(request + REQUEST.blocks)
+        list_first, width = tl.load(request + REQUEST.list), tl.load(request + REQUEST.width)
         p_slots = request_slots(
             pages + tl.multiple_of(tl.load(layer_offsets + i_layer), 16), request, i_head, s_head,
             s_slot, origin, BLOCK_SIZE,
@@ -112,7 +112,7 @@ def compact_kernel(
         p_list = lists + (i_layer.to(tl.int64) * list_entries + list_first) * heads
         p_list += i_head * width
         # The state before the first event: the stored slots as they are.
-        known = tl.load(request + columns.KNOWN).to(tl.int32)
+        known = tl.load(request + REQUEST.known).to(tl.int32)
         p_progress = progress + i_request * heads + i_head
         for j in range(0, known, WIDE):
             o_j = j + o_w
@@ -122,28 +122,28 @@ def compact_kernel(
         if SIGNAL:
             written(p_progress, 1, member)
         for e in range(event_count):
-            header = events + (instance_first + e) * columns.EVENT
-            position, stored = tl.load(header + columns.POSITION), tl.load(header + columns.STORED)
-            incoming, live = tl.load(header + columns.INCOMING), tl.load(header + columns.LIVE)
-            after, round_first = tl.load(header + columns.AFTER), tl.load(header + columns.ROUND)
-            round_count, final = tl.load(header + columns.ROUNDS), tl.load(header + columns.FINAL)
+            header = events + (instance_first + e) * EVENT.words
+            position, stored = tl.load(header + EVENT.position), tl.load(header + EVENT.stored)
+            incoming, live = tl.load(header + EVENT.incoming), tl.load(header + EVENT.live)
+            after, round_first = tl.load(header + EVENT.after), tl.load(header + EVENT.round)
+            round_count, final = tl.load(header + EVENT.rounds), tl.load(header + EVENT.final)
             recent = (move + position - live).to(tl.int32)
             copy = e % 2
             p_virtual = p_virtuals + copy * virtual_width
             p_output = p_outputs + copy * output_width
             base = stored + incoming  # virtual ids from here on are outputs
             # Ids are known before any decision: they are on their way while scores are computed.
-            p_round = rounds + 2 * round_first
-            op_first = tl.load(p_round, mask=round_count > 0, other=0) + member * G
-            op_count = tl.load(p_round + 1, mask=round_count > 0, other=0) - member * G
-            b_id = points(ops + op_first * columns.OP, op_count, ids, P, B)
+            p_round = rounds + round_first * ROUND.words
+            op_first = tl.load(p_round + ROUND.first_op, mask=round_count > 0, other=0) + member * G
+            op_count = tl.load(p_round + ROUND.ops, mask=round_count > 0, other=0) - member * G
+            b_id = points(ops + op_first * OP.words, op_count, ids, P, B)
             b_left = tl.load(ids + final + o_w, mask=o_w < after, other=0)
             if HAS_HEAVY:
-                sinks, heavy = tl.load(header + columns.SINKS), tl.load(header + columns.HEAVY)
+                sinks, heavy = tl.load(header + EVENT.sinks), tl.load(header + EVENT.heavy)
                 i_row = (i_layer * instances + instance_first + e).to(tl.int64) * heads + i_head
                 i_row = i_row * ROWS
-                i_score = (i_layer.to(tl.int64) * scored + tl.load(header + columns.SCORE)) * heads
-                i_score += i_head * tl.load(header + columns.ROOM)
+                i_score = (i_layer.to(tl.int64) * scored + tl.load(header + EVENT.score)) * heads
+                i_score += i_head * tl.load(header + EVENT.room)
                 b_q = tl.load(
                     rows + (i_row + o_r[:, None]) * D + o_d[None, :],
                     mask=(o_d < D)[None, :], other=0.0,
@@ -151,7 +151,7 @@ def compact_kernel(
                 p_part = p_parts + copy * (2 * ROWS * SLICES)
                 p_score = score + i_score * ROWS
                 score_stored(
-                    b_q, p_virtual, bias + tl.load(header + columns.BIAS), p_slots, p_table, s_page,
+                    b_q, p_virtual, bias + tl.load(header + EVENT.bias), p_slots, p_table, s_page,
                     s_slot, p_score, p_part, scale, member, team, stored, sinks, heavy,
                     D, D_PAD, BLOCK, SLICES, BLOCK_SIZE,
                 )  # fmt: skip
@@ -177,19 +177,18 @@ def compact_kernel(
                 position.to(tl.uint32),
             )  # fmt: skip
             for i_round in range(round_first, round_first + round_count):
-                op_first, op_count = (
-                    tl.load(rounds + 2 * i_round),
-                    tl.load(rounds + 2 * i_round + 1),
-                )
-                op = ops + op_first * columns.OP
-                if tl.load(op + columns.KIND) == _DRAW:
+                p_round = rounds + i_round * ROUND.words
+                op_first = tl.load(p_round + ROUND.first_op)
+                op_count = tl.load(p_round + ROUND.ops)
+                op = ops + op_first * OP.words
+                if tl.load(op + OP.kind) == _DRAW:
                     draw_entry(op, event, ids, p_virtual, p_output, base)
                 else:
                     for first in range(member * G, op_count, team * G):
                         if (i_round > round_first) | (first > member * G):
-                            b_id = points(op + first * columns.OP, op_count - first, ids, P, B)
+                            b_id = points(op + first * OP.words, op_count - first, ids, P, B)
                         halve(
-                            op + first * columns.OP, op_count - first, b_id, event, ids, p_virtual,
+                            op + first * OP.words, op_count - first, b_id, event, ids, p_virtual,
                             p_output, base, p_slots, p_table, s_value, s_page, s_slot, p_delta,
                             p_tau, p_psi, p_mean, p_sign, root, D, D_PAD, G, B, P, BLOCK_SIZE, KIND,
                             LONG,
@@ -222,20 +221,20 @@ def halve(
     B."""
     o_g, o_p = tl.arange(0, G), tl.arange(0, P)
     m_g = o_g < count
-    p_op = op + o_g * columns.OP
-    b_length = tl.load(p_op + columns.LENGTH, mask=m_g, other=0)
-    b_index = tl.load(p_op + columns.INDEX, mask=m_g, other=0).to(tl.uint32)
-    b_inputs = tl.load(p_op + columns.INPUTS, mask=m_g, other=0)
-    b_output = tl.load(p_op + columns.OUTPUT, mask=m_g, other=0)
+    p_op = op + o_g * OP.words
+    b_length = tl.load(p_op + OP.length, mask=m_g, other=0)
+    b_index = tl.load(p_op + OP.number, mask=m_g, other=0).to(tl.uint32)
+    b_inputs = tl.load(p_op + OP.inputs, mask=m_g, other=0)
+    b_output = tl.load(p_op + OP.output, mask=m_g, other=0)
     b_op = mix(tl.zeros([G], tl.uint32) + event, b_index)
     b_key = mix(b_op, tl.full([G], _SIGN, tl.uint32))
     b_flip = mix(b_op, tl.full([G], _COMPLEMENT, tl.uint32))
     b_flip = (mix(b_flip, tl.zeros([G], tl.uint32)) & 1).to(tl.int32)
     b_psi = tl.zeros([G, P], tl.float32)
     if LONG:
-        length = tl.load(op + columns.LENGTH)
+        length = tl.load(op + OP.length)
         bound2, shift, mean2 = measure(
-            length, ids + tl.load(op + columns.INPUTS), p_virtual, p_output, base, p_mean, p_slots,
+            length, ids + tl.load(op + OP.inputs), p_virtual, p_output, base, p_mean, p_slots,
             p_table, s_value, s_page, s_slot, D, D_PAD, P, BLOCK_SIZE, KIND,
         )  # fmt: skip
         most_root = tl.full([], 0.0, tl.float32)
@@ -255,7 +254,7 @@ def halve(
             tl.debug_barrier()
     else:
         for g in range(0, tl.minimum(count, G), B):
-            b_next = points(op + (g + B) * columns.OP, tl.minimum(count, G) - g - B, ids, P, B)
+            b_next = points(op + (g + B) * OP.words, tl.minimum(count, G) - g - B, ids, P, B)
             differences(
                 b_id, count - g, p_virtual, p_output, base, p_slots, p_table, s_value, s_page,
                 s_slot, p_delta + g * (P * P), root, D, D_PAD, P, B, BLOCK_SIZE,
@@ -289,14 +288,14 @@ def written(p_progress, lists, member):
 @triton.jit
 def draw_entry(op, event, ids, p_virtual, p_output, base):
     """Draw one of a range's entries: entry 0 counts `seen` times if `seen` > 0, the rest once."""
-    length, seen = tl.load(op + columns.LENGTH), tl.load(op + columns.SEEN)
-    draw = mix(mix(mix(event, tl.load(op + columns.INDEX).to(tl.uint32)), _DRAWN), 0)
+    length, seen = tl.load(op + OP.length), tl.load(op + OP.seen)
+    draw = mix(mix(mix(event, tl.load(op + OP.number).to(tl.uint32)), _DRAWN), 0)
     entries = length + seen - tl.where(seen > 0, 1, 0)
     # floor(u * entries) in integers: fp32 would round the product.
     ticket = (((draw >> 8).to(tl.int64) * entries) >> 24).to(tl.int32)
     ticket = tl.where(seen > 0, tl.maximum(ticket - seen + 1, 0), ticket)
-    drawn = tl.load(ids + tl.load(op + columns.INPUTS) + ticket)
+    drawn = tl.load(ids + tl.load(op + OP.inputs) + ticket)
     p_drawn = p_virtual + drawn
     if drawn >= base:
         p_drawn = p_output + drawn - base
-    tl.store(p_output + tl.load(op + columns.OUTPUT) - base, tl.load(p_drawn))
+    tl.store(p_output + tl.load(op + OP.output) - base, tl.load(p_drawn))

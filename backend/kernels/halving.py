@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import columns
+from .columns import OP
 from .rows import mix, slot_rows, wide
 
 GAUSSIAN, EXPONENTIAL = 0, 1
@@ -158,9 +158,9 @@ def points(op, count, ids, P: tl.constexpr, B: tl.constexpr):
     the groups' points lie one after the other."""
     o_s = tl.arange(0, B * 2 * P)
     i_group, i_point = o_s // (2 * P), o_s % (2 * P)
-    p_op = op + i_group * columns.OP
-    b_length = tl.load(p_op + columns.LENGTH, mask=i_group < count, other=0)
-    b_inputs = tl.load(p_op + columns.INPUTS, mask=i_group < count, other=0)
+    p_op = op + i_group * OP.words
+    b_length = tl.load(p_op + OP.length, mask=i_group < count, other=0)
+    b_inputs = tl.load(p_op + OP.inputs, mask=i_group < count, other=0)
     return tl.load(ids + b_inputs + i_point, mask=i_point < b_length, other=-1)
 
 
@@ -216,7 +216,7 @@ def long_tile(
 ):  # fmt: skip
     """Pair differences, thresholds and psi of one tile of a group -> the largest root so far."""
     o_p = tl.arange(0, P)
-    length, inputs = tl.load(op + columns.LENGTH), tl.load(op + columns.INPUTS)
+    length, inputs = tl.load(op + OP.length), tl.load(op + OP.inputs)
     b_ka, b_va, b_na, b_ma, b_kb, b_vb, b_nb, b_mb = load_pairs(
         i_tile * P, length, ids + inputs, p_virtual, p_output, base, p_mean,
         p_slots, p_table, s_value, s_page, s_slot, D, D_PAD, P, BLOCK_SIZE, KIND,

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from express_vllm.layout import RING_ROWS
 
-from . import columns
+from .columns import REQUEST
 from .launch import kernel
 from .rows import request_slots, slot_rows, wide
 
@@ -29,13 +29,13 @@ def keep_rows(
     D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Store in the ring the step's query rows that the event after the step will need."""
-    ring = tl.load(request + columns.RING).to(tl.int32)
-    start = tl.load(request + columns.OLD) - tl.load(request + columns.SHIFT)
+    ring = tl.load(request + REQUEST.ring).to(tl.int32)
+    start = tl.load(request + REQUEST.old) - tl.load(request + REQUEST.shift)
     o_r, o_d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
     m_d = o_d < D
-    position = tl.load(request + columns.RING_FROM) + o_r
-    m = (position >= start) & (position < tl.where(ring >= 0, tl.load(request + columns.STOP), 0))
-    i_token = tl.load(request + columns.TOKEN) + position - start
+    position = tl.load(request + REQUEST.ring_start) + o_r
+    m = (position >= start) & (position < tl.where(ring >= 0, tl.load(request + REQUEST.stop), 0))
+    i_token = tl.load(request + REQUEST.token) + position - start
     p_query = query + i_token * wide(s_query)
     b_row = query_rows(
         p_query + i_head * GROUP * wide(s_query_head), m, s_query_head, o_r, o_d, m_d, GROUP,
@@ -56,9 +56,9 @@ def gather_kernel(
 ):  # fmt: skip
     """Copy a request's live slots out of its pages."""
     i_head = tl.program_id(1)
-    request = requests + tl.program_id(0) * columns.REQUEST
-    old, row = tl.load(request + columns.OLD).to(tl.int32), tl.load(request + columns.DENSE)
-    p_table = table + tl.load(request + columns.TABLE) * s_table
+    request = requests + tl.program_id(0) * REQUEST.words
+    old, row = tl.load(request + REQUEST.old).to(tl.int32), tl.load(request + REQUEST.dense)
+    p_table = table + tl.load(request + REQUEST.blocks) * s_table
     o_d = tl.arange(0, 2 * D_PAD)
     for first in range(tl.program_id(2) * BLOCK, old, tl.num_programs(2) * BLOCK):
         i_slot = first + tl.arange(0, BLOCK)
@@ -83,10 +83,10 @@ def append_kernel(
 ):  # fmt: skip
     """Copy a request's new tokens behind its old slots."""
     i_head = tl.program_id(1)
-    request = requests + tl.program_id(0) * columns.REQUEST
-    old, row = tl.load(request + columns.OLD), tl.load(request + columns.DENSE)
-    token = tl.load(request + columns.TOKEN)
-    count = tl.load(request + columns.STOP) - (old - tl.load(request + columns.SHIFT))
+    request = requests + tl.program_id(0) * REQUEST.words
+    old, row = tl.load(request + REQUEST.old), tl.load(request + REQUEST.dense)
+    token = tl.load(request + REQUEST.token)
+    count = tl.load(request + REQUEST.stop) - (old - tl.load(request + REQUEST.shift))
     o_d = tl.arange(0, D_PAD)
     for first in range(tl.program_id(2) * BLOCK, count.to(tl.int32), tl.num_programs(2) * BLOCK):
         i_token = first + tl.arange(0, BLOCK)
@@ -117,21 +117,21 @@ def scatter_kernel(
     Entries are read from the step's source, never from pages, so nothing overwritten is read.
     """
     i_head = tl.program_id(1)
-    request = requests + tl.program_id(0) * columns.REQUEST
-    p_table = table + tl.load(request + columns.TABLE) * s_table
+    request = requests + tl.program_id(0) * REQUEST.words
+    p_table = table + tl.load(request + REQUEST.blocks) * s_table
     if tl.program_id(2) == 0:
         keep_rows(
             query, pages, p_table, request, i_head, s_query, s_query_head, s_page, s_head, s_slot,
             D, D_PAD, GROUP, BLOCK_SIZE,
         )  # fmt: skip
-    events, old = tl.load(request + columns.EVENTS), tl.load(request + columns.OLD).to(tl.int32)
+    events, old = tl.load(request + REQUEST.events), tl.load(request + REQUEST.old).to(tl.int32)
     stored, live = (
-        tl.load(request + columns.FINAL_STORED).to(tl.int32),
-        tl.load(request + columns.FINAL_LIVE).to(tl.int32),
+        tl.load(request + REQUEST.stored).to(tl.int32),
+        tl.load(request + REQUEST.live).to(tl.int32),
     )
-    width = tl.load(request + columns.WIDTH)
-    p_list = lists + (tl.load(request + columns.LIST) + events * width) * heads + i_head * width
-    recent = (tl.load(request + columns.STOP) - live + tl.load(request + columns.SHIFT)).to(
+    width = tl.load(request + REQUEST.width)
+    p_list = lists + (tl.load(request + REQUEST.list) + events * width) * heads + i_head * width
+    recent = (tl.load(request + REQUEST.stop) - live + tl.load(request + REQUEST.shift)).to(
         tl.int32
     )
     p_slots = request_slots(source, request, i_head, s_source_head, s_source_slot, origin, 0)
@@ -174,18 +174,18 @@ def move_kernel(
         o_column = (unit % slices) * COLUMNS + o_c
         m_column = o_column < row
         i_head = (unit // slices) % heads
-        request = requests + (unit // slices // heads) % request_count * columns.REQUEST
+        request = requests + (unit // slices // heads) % request_count * REQUEST.words
         i_layer = unit // slices // heads // request_count
         stored, live = (
-            tl.load(request + columns.FINAL_STORED).to(tl.int32),
-            tl.load(request + columns.FINAL_LIVE).to(tl.int32),
+            tl.load(request + REQUEST.stored).to(tl.int32),
+            tl.load(request + REQUEST.live).to(tl.int32),
         )
-        gap = tl.load(request + columns.OLD).to(tl.int32) - live
-        p_table = table + tl.load(request + columns.TABLE) * s_table
+        gap = tl.load(request + REQUEST.old).to(tl.int32) - live
+        p_table = table + tl.load(request + REQUEST.blocks) * s_table
         p_slots = tl.multiple_of(pages + tl.load(layer_offsets + i_layer) + i_head * s_head, 16)
-        width = tl.load(request + columns.WIDTH)
-        i_list = i_layer.to(tl.int64) * list_entries + tl.load(request + columns.LIST)
-        i_list += tl.load(request + columns.EVENTS) * width
+        width = tl.load(request + REQUEST.width)
+        i_list = i_layer.to(tl.int64) * list_entries + tl.load(request + REQUEST.list)
+        i_list += tl.load(request + REQUEST.events) * width
         p_list = lists + i_list * heads + i_head * width
         for first in range(0, live, BLOCK):
             i_slot = first + tl.arange(0, BLOCK)

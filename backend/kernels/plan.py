@@ -132,12 +132,12 @@ def _extent(
     shape, tokens = chunk.layout.shape, stop - chunk.start
     width = max([width, *(e.incoming_start for e in events)])
     rooms = [room(e, shape.heavy) for e in events]
-    ids = sum(r.ids + r.rounds.size + r.ops.size + tables.EVENT for r in rows)
+    acts = sum(4 * r.ids + r.rounds.nbytes + r.ops.nbytes + tables.EVENT.itemsize for r in rows)
     weighted = sum(e.incoming_start for e in events) + width
-    tiles = tables.TILE * (tokens + len(events) + 1)  # at most one a token
+    tiles = tables.TILE.itemsize * (tokens + len(events) + 1)  # at most one a token
     return Extent(
         1, len(events), old + tokens, sum(rooms), (len(events) + 1) * width,
-        4 * (ids + weighted + tiles + 2 * tables.REQUEST + 32),  # and padding
+        acts + 4 * weighted + tiles + tables.REQUEST.itemsize + 128,  # and padding
         old, tokens, final, len(events), width, max(rooms, default=0),
         max([width, *(r.base for r in rows)]), max([1, *(r.outputs for r in rows)]),
         max((r.longest for r in rows), default=0), round_width(shape) if events else 1,
@@ -146,7 +146,7 @@ def _extent(
 
 @dataclass
 class StepPlan:
-    """Device tables of a step's requests, flat; see `tables.py` for the columns."""
+    """Device tables of a step's requests, flat; see `tables.py` for the records."""
 
     kind: Kind | None  # None: no request has an event
     extent: Extent
@@ -208,9 +208,9 @@ class _Writer:
 
     def __init__(self, with_lists: bool) -> None:
         self.with_lists = with_lists  # else all lists are one: every slot is where it was
-        self.requests: list[tuple] = []
-        self.events: list[tuple] = []
-        self.items: list[np.ndarray] = [np.zeros((0, tables.TILE), np.int32)]
+        self.requests: list[tables.Request] = []
+        self.events: list[tables.Event] = []
+        self.items: list[np.ndarray] = []
         self.rows: dict[int, int] = {}  # identity of an event's rows -> which of `unique`
         self.unique: list[EventRows] = []
         self.placed: list[int] = []  # which of `unique`, by event
@@ -223,13 +223,26 @@ class _Writer:
         owner, first_event = len(self.requests), len(self.events)
         width = extent.width if self.with_lists else 0
         self.requests.append(
-            (
-                first_event, len(span.events), span.old, span.shift, chunk.token, self.dense,
-                chunk.seed & 0xFFFFFFFF, (chunk.seed >> 32) & 0xFFFFFFFF, chunk.row, self.lists,
-                width, span.known, span.stored, span.final, span.stop,
-                shape.slots - shape.ring if shape.ring else -1, span.upcoming - RING_ROWS,
+            tables.Request(
+                first_event=first_event,
+                events=len(span.events),
+                old=span.old,
+                shift=span.shift,
+                token=chunk.token,
+                dense=self.dense,
+                seed_low=chunk.seed & 0xFFFFFFFF,
+                seed_high=(chunk.seed >> 32) & 0xFFFFFFFF,
+                blocks=chunk.row,
+                list=self.lists,
+                width=width,
+                known=span.known,
+                stored=span.stored,
+                live=span.final,
+                stop=span.stop,
+                ring=shape.slots - shape.ring if shape.ring else -1,
+                ring_start=span.upcoming - RING_ROWS,
             )
-        )  # fmt: skip
+        )
         for event, rows in zip(span.events, span.rows, strict=True):
             self._event(span, owner, event, rows)
         if tile:
@@ -246,14 +259,25 @@ class _Writer:
         first = event.position - RING_ROWS
         size = room(event, shape.heavy)
         self.events.append(
-            (
-                event.position, event.incoming_start, event.incoming, event.live_before,
-                rows.after, 0, len(rows.rounds), 0, self._bias(span, event.before,
-                event.drawn_before), shape.sinks, shape.heavy, owner,
-                min(max(chunk.start - first, 0), RING_ROWS), chunk.token + first - chunk.start,
-                self.scored, size,
+            tables.Event(
+                position=event.position,
+                stored=event.incoming_start,
+                incoming=event.incoming,
+                live=event.live_before,
+                after=rows.after,
+                round=0,  # of its rows, until they are joined
+                rounds=len(rows.rounds),
+                final=rows.final,
+                bias=self._bias(span, event.before, event.drawn_before),
+                sinks=shape.sinks,
+                heavy=shape.heavy,
+                request=owner,
+                kept=min(max(chunk.start - first, 0), RING_ROWS),
+                query=chunk.token + first - chunk.start,
+                score=self.scored,
+                room=size,
             )
-        )  # fmt: skip
+        )
         self.scored += size
 
     def _bias(self, span: Span, levels: tuple[int, ...], drawn: int) -> int:
@@ -279,50 +303,49 @@ class _Writer:
         for k, state in enumerate(states):
             low, high = bounds[k], bounds[k + 1]
             first = np.arange(low, high, tile)
-            part = np.empty((len(first), tables.TILE), np.int32)
-            part[:, tables.TILE_ROW] = chunk.token + first - chunk.start
-            part[:, tables.TILE_TOKENS] = np.minimum(tile, high - first)
-            part[:, tables.TILE_LIST] = self.lists + k * width
+            part = np.empty(len(first), tables.TILE)
+            part["row"] = chunk.token + first - chunk.start
+            part["tokens"] = np.minimum(tile, high - first)
+            part["list"] = self.lists + k * width
             stored, bias, recent = 0, 0, 0
             if state is not None:
                 stored = state.live_after - window
                 bias = self._bias(span, state.levels, state.drawn)
                 recent = state.position - window
-            part[:, tables.TILE_STORED] = stored
-            part[:, tables.TILE_BIAS] = bias
-            part[:, tables.TILE_RECENT] = recent + span.shift
-            part[:, tables.TILE_LAST] = first + span.shift
-            part[:, tables.TILE_REQUEST] = owner
-            part[:, tables.TILE_NEEDED] = 0 if state is None else k + 1
+            part["stored"], part["bias"] = stored, bias
+            part["recent"], part["last"] = recent + span.shift, first + span.shift
+            part["request"], part["needed"] = owner, 0 if state is None else k + 1
             found.append(part)
         return found
 
     def arrays(self) -> list[np.ndarray]:
         """Requests, events, items, rounds, ops, ids and bias."""
-        events = np.array(self.events, np.int32).reshape(-1, tables.EVENT)
-        rows = self.unique
+        events, rows = np.array(self.events, tables.EVENT), self.unique
         counts = np.array([(r.ids, len(r.ops), len(r.rounds)) for r in rows], np.int32)
         counts = counts.reshape(-1, 3)
-        begin = counts.cumsum(0, dtype=np.int32) - counts
-        ops = _joined([r.ops for r in rows], tables.OP)
-        ops[:, tables.INPUTS] += np.repeat(begin[:, 0], counts[:, 1])
-        rounds = _joined([r.rounds for r in rows], 2)
-        rounds[:, 0] += np.repeat(begin[:, 1], counts[:, 2])
-        if rows:
-            final = begin[:, 0] + np.array([r.final for r in rows], np.int32)
-            events[:, tables.ROUND] = begin[self.placed, 2]
-            events[:, tables.FINAL] = final[self.placed]
+        first_id, first_op, first_round = (counts.cumsum(0, dtype=np.int32) - counts).T
+        ops, rounds = (
+            _joined([r.ops for r in rows], tables.OP),
+            _joined([r.rounds for r in rows], tables.ROUND),
+        )
+        ops["inputs"] += np.repeat(first_id, counts[:, 1])
+        rounds["first_op"] += np.repeat(first_op, counts[:, 2])
+        placed = np.array(self.placed, np.intp)
+        events["round"] += first_round[placed]
+        events["final"] += first_id[placed]
         weight, count = zip(*self.runs, strict=True) if self.runs else ((), ())
         return [
-            np.array(self.requests, np.int64).reshape(-1, tables.REQUEST), events,
-            np.concatenate(self.items), rounds, ops,
-            spread(_joined([r.runs for r in rows], 2)),
+            np.array(self.requests, tables.REQUEST), events, _joined(self.items, tables.TILE),
+            rounds, ops, spread(np.concatenate([_NO_RUNS, *(r.runs for r in rows)])),
             np.repeat(np.array(weight, np.float32), np.array(count, np.int32)),
         ]  # fmt: skip
 
 
-def _joined(arrays: list[np.ndarray], columns: int) -> np.ndarray:
-    return np.concatenate(arrays) if arrays else np.zeros((0, columns), np.int32)
+_NO_RUNS = np.zeros((0, 2), np.int32)
+
+
+def _joined(arrays: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
 
 
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
@@ -336,7 +359,7 @@ def to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
         at += 4 * size
     copy = host.to(device, non_blocking=True).view(torch.int32)
     return [
-        part[: array.nbytes // 4].view(_TYPES[array.dtype.type])
+        part[: array.nbytes // 4].view(_TYPES[tables.word(array.dtype).type])
         for part, array in zip(copy.split(sizes), arrays, strict=True)
     ]
 

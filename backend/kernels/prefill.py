@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import columns
+from .columns import REQUEST, TILE
 from .launch import kernel
 from .rows import request_slots, slot_rows, wait_until, wide
 
@@ -58,16 +58,16 @@ def prefill_kernel(
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     # Heads first: programs start in the order in which the lists are written.
-    i_head, item = tl.program_id(0), items + tl.program_id(1) * columns.TILE
-    row, count = tl.load(item + columns.TILE_ROW), tl.load(item + columns.TILE_TOKENS)
-    stored, p_bias = tl.load(item + columns.TILE_STORED), bias + tl.load(item + columns.TILE_BIAS)
-    recent, last = tl.load(item + columns.TILE_RECENT), tl.load(item + columns.TILE_LAST)
-    i_request = tl.load(item + columns.TILE_REQUEST)
-    request = requests + i_request * columns.REQUEST
+    i_head, item = tl.program_id(0), items + tl.program_id(1) * TILE.words
+    row, count = tl.load(item + TILE.row), tl.load(item + TILE.tokens)
+    stored, p_bias = tl.load(item + TILE.stored), bias + tl.load(item + TILE.bias)
+    recent, last = tl.load(item + TILE.recent), tl.load(item + TILE.last)
+    i_request = tl.load(item + TILE.request)
+    request = requests + i_request * REQUEST.words
     p_slots = request_slots(pages, request, i_head, s_head, s_slot, origin, 0)
-    p_list = lists + tl.load(item + columns.TILE_LIST).to(tl.int64) * heads
-    p_list += i_head * tl.load(request + columns.WIDTH)
-    needed = tl.load(item + columns.TILE_NEEDED)
+    p_list = lists + tl.load(item + TILE.list).to(tl.int64) * heads
+    p_list += i_head * tl.load(request + REQUEST.width)
+    needed = tl.load(item + TILE.needed)
     if needed * wait > 0:
         wait_until(progress + i_request * heads + i_head, needed)
 

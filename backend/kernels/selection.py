@@ -11,7 +11,7 @@ import triton.language as tl
 
 from express_vllm.layout import RING_ROWS
 
-from . import columns
+from .columns import EVENT, REQUEST
 from .launch import kernel
 from .pages import query_rows
 from .rows import request_slots, slot_rows, wide
@@ -40,14 +40,14 @@ def score_recent_kernel(
     """An event's query rows, their attention scores on its incoming tokens, and the maximum and sum
     of exponentials over all its recent tokens, causal."""
     i_instance, i_head, i_layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    header = events + i_instance * columns.EVENT
-    request = requests + tl.load(header + columns.OWNER) * columns.REQUEST
-    position, stored = tl.load(header + columns.POSITION), tl.load(header + columns.STORED)
-    incoming, live = tl.load(header + columns.INCOMING), tl.load(header + columns.LIVE)
-    recent = (tl.load(request + columns.SHIFT) + position - live).to(
+    header = events + i_instance * EVENT.words
+    request = requests + tl.load(header + EVENT.request) * REQUEST.words
+    position, stored = tl.load(header + EVENT.position), tl.load(header + EVENT.stored)
+    incoming, live = tl.load(header + EVENT.incoming), tl.load(header + EVENT.live)
+    recent = (tl.load(request + REQUEST.shift) + position - live).to(
         tl.int32
     )  # source index - slot
-    p_table = table + tl.load(request + columns.TABLE) * s_table
+    p_table = table + tl.load(request + REQUEST.blocks) * s_table
     layer_offset = tl.multiple_of(tl.load(layer_offsets + i_layer), 16)
     p_slots = request_slots(
         pages + layer_offset, request, i_head, s_head, s_slot, origin, BLOCK_SIZE
@@ -56,9 +56,9 @@ def score_recent_kernel(
     o_r, o_d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
     m_d = o_d < D
     # From the ring the rows before the step, from the step the others.
-    kept = tl.load(header + columns.KEPT)
+    kept = tl.load(header + EVENT.kept)
     m_ring = o_r < kept
-    ring = tl.load(request + columns.RING).to(tl.int32)
+    ring = tl.load(request + REQUEST.ring).to(tl.int32)
     p_ring = slot_rows(
         tl.where(m_ring, ring + o_r // 2, 0),
         ring_pages + layer_offset + i_head * wide(s_ring_head), p_table, s_ring_page, s_ring_slot,
@@ -67,7 +67,7 @@ def score_recent_kernel(
     p_ring += (o_r % 2) * D
     b_q = tl.load(p_ring[:, None] + o_d[None, :], mask=m_ring[:, None] & m_d[None, :], other=0.0)
     if HAS_NEW:
-        i_token = (tl.load(header + columns.QUERY) + o_r).to(tl.int64)
+        i_token = (tl.load(header + EVENT.query) + o_r).to(tl.int64)
         p_query = query + i_token * wide(s_query)
         p_query += i_head * GROUP * wide(s_query_head)
         b_new_q = query_rows(
@@ -76,10 +76,10 @@ def score_recent_kernel(
         b_q = tl.where(m_ring[:, None], b_q, b_new_q)
     i_row = ((i_layer * count + i_instance).to(tl.int64) * heads + i_head) * ROWS
     tl.store(rows + (i_row + o_r[:, None]) * D + o_d[None, :], b_q, mask=m_d[None, :])
-    i_score = (i_layer.to(tl.int64) * scored + tl.load(header + columns.SCORE)) * heads
-    i_score += i_head * tl.load(header + columns.ROOM)
+    i_score = (i_layer.to(tl.int64) * scored + tl.load(header + EVENT.score)) * heads
+    i_score += i_head * tl.load(header + EVENT.room)
     p_score = score + i_score * ROWS
-    heavy = tl.load(header + columns.HEAVY)
+    heavy = tl.load(header + EVENT.heavy)
     b_peak = tl.full([ROWS, BLOCK], LOW, tl.float32)
     b_total = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(stored, live, BLOCK):

@@ -33,6 +33,8 @@ __all__ = [
 ]  # fmt: skip
 
 _LOG2E = 1.4426950408889634
+#: Columns of a request that may name its first row (`Source.origin`).
+_ORIGINS = tables.offsets(tables.REQUEST)
 #: Most programs of a launch that moves rows: requests of a plan may differ much in size.
 _MOVERS = 16384
 #: Times a layer's compaction: a context, given the stream on which it ends.
@@ -244,7 +246,7 @@ def chunk_source(
         value_offset = (value.data_ptr() - key.data_ptr()) // key.element_size()
         strides = (0, key.stride(1), key.stride(0))
         if not any(n % 8 for n in (value_offset, *strides)):
-            return Source(key, strides, value_offset, zero, table, 0, tables.TOKEN)
+            return Source(key, strides, value_offset, zero, table, 0, _ORIGINS["token"])
     dense = step.kept(
         "dense", lambda: step.memory.empty(extent.dense, heads, width, dtype=kv_cache.dtype)
     )
@@ -263,7 +265,7 @@ def chunk_source(
         **constants.append(model).options,
     )  # fmt: skip
     strides = (0, dense.stride(1), dense.stride(0))
-    return Source(dense, strides, width // 2, zero, table, 0, tables.DENSE)
+    return Source(dense, strides, width // 2, zero, table, 0, _ORIGINS["dense"])
 
 
 def movers(extent: Extent, heads: int, rows: int) -> tuple[int, int, int]:

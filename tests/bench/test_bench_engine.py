@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -102,3 +104,14 @@ def test_ranks_that_differ_are_an_error(tmp_path):
         traces.collectives(tmp_path, "decode")
     with pytest.raises(FileNotFoundError, match="no trace prefill"):
         traces.collectives(tmp_path, "prefill")
+
+
+def test_benchmarks_run_from_the_root_whatever_is_installed():
+    """There the folder express_vllm hides an installed copy, and has no backend."""
+    script = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in str(f)]\n"
+        "import bench, express_vllm.backend, express_vllm.scheduler as s; print(s.__file__)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=record.ROOT, capture_output=True,
+                         text=True)  # fmt: skip
+    assert run.stdout.strip() == str(record.ROOT / "scheduler" / "__init__.py"), run.stderr

@@ -15,7 +15,7 @@ from budgets import settings as server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from express_vllm.backend.kernels import scratch, tables
+from express_vllm.backend.kernels import scratch
 from express_vllm.backend.kernels.constants import Model
 from express_vllm.backend.kernels.events import Kind, RowCache, build, round_width, spread
 from express_vllm.backend.kernels.memory import Memory, Workspace
@@ -62,20 +62,19 @@ def test_rows_are_what_the_operations_do(slots, schedule, profile, number):
     for first, count in rows.rounds:
         part = rows.ops[first : first + count]
         for op in part:
-            at, length = op[tables.INPUTS], op[tables.LENGTH]
-            read = ids[at : at + length]
-            assert np.array_equal(read, inputs[op[tables.INDEX]])
+            read = ids[op["inputs"] : op["inputs"] + op["length"]]
+            assert np.array_equal(read, inputs[op["number"]])
             outputs_of_rounds = {*range(base)} | made(rows.ops[:first])
             assert {*read.tolist()} <= outputs_of_rounds, "a round reads earlier rounds only"
         done += len(made(part))
     assert done == base + outputs
-    assert sorted(rows.ops[:, tables.INDEX]) == list(range(len(event.ops)))
+    assert sorted(rows.ops["number"]) == list(range(len(event.ops)))
 
 
 def made(ops):
     """Ids that operations name."""
-    counts = np.where(ops[:, tables.KIND] == DRAW, 1, ops[:, tables.LENGTH] // 2)
-    starts = ops[:, tables.OUTPUT]
+    counts = np.where(ops["kind"] == DRAW, 1, ops["length"] // 2)
+    starts = ops["output"]
     return {i for s, n in zip(starts.tolist(), counts.tolist(), strict=True)
             for i in range(s, s + n)}  # fmt: skip
 
