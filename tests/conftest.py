@@ -44,8 +44,17 @@ def quick(tmp_path_factory):
 def server(quick, tmp_path_factory):
     """`vllm serve ... --attention-backend express`, and every route."""
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    with serve(
-        quick.path, log, "--enable-scale-out", "--enable-prompt-embeds", "--dtype", "bfloat16",
-        express=quick.wide,
-    ) as running:  # fmt: skip
+    with every_route(quick, log) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def small_server(tmp_path_factory):
+    """The same with the small model."""
+    with every_route(models.small(), tmp_path_factory.mktemp("small-server") / "log") as running:
+        yield running
+
+
+def every_route(model, log):
+    more = ("--enable-scale-out", "--enable-prompt-embeds", "--dtype", "bfloat16")
+    return serve(model.path, log, *more, express=model.wide)
