@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -73,7 +75,9 @@ def serve(model_path, log, *arguments, headers=None, express=None):
         "VLLM_ENABLE_RESPONSES_API_STORE": "1",
     }  # fmt: skip
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, env=environment, start_new_session=True
+        )
     url = f"http://127.0.0.1:{port}"
     with httpx.Client(base_url=url, timeout=300, headers=headers) as client:
         try:
@@ -85,6 +89,10 @@ def serve(model_path, log, *arguments, headers=None, express=None):
                 process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(
+                    process.pid, signal.SIGKILL
+                )  # engines outlive a server that did not start
 
 
 def _wait(client, process, log):
