@@ -320,7 +320,7 @@ on CPUs. Tensor, pipeline and data parallelism work, too
 ([operations.md](operations.md#more-than-one-gpu)).
 On GPUs all this was tried on one and on two NVIDIA H100s and H200s.
 
-Tested on CPUs, and not tried on GPUs yet: structured output, LoRA.
+Tested on CPUs and on GPUs: structured output. Tested on CPUs, and not tried on GPUs yet: LoRA.
 
 ## When vLLM does not know `express`
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -68,7 +70,9 @@ def serve(model_path, log, *arguments, headers=None):
         "VLLM_ENABLE_RESPONSES_API_STORE": "1",
     }  # fmt: skip
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, env=environment, start_new_session=True
+        )
     url = f"http://127.0.0.1:{port}"
     with httpx.Client(base_url=url, timeout=300, headers=headers) as client:
         try:
@@ -80,6 +84,10 @@ def serve(model_path, log, *arguments, headers=None):
                 process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(
+                    process.pid, signal.SIGKILL
+                )  # engines outlive a server that did not start
 
 
 def _wait(client, process, log):
