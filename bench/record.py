@@ -48,6 +48,8 @@ def commit() -> str:
     if Path(express_vllm.__file__).resolve().parents[1] != ROOT.resolve():
         return "unknown"  # an installed copy
     try:
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() != ROOT.resolve():
+            return "unknown"  # a copy that lies in another repository
         found = _git("rev-parse", "HEAD")
         results = ":(exclude)bench/results"  # what is stored now is not what is measured
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", results)
@@ -131,6 +133,8 @@ def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a Markdown table; every row has the keys of the first."""
+    if not rows:
+        return "Nothing was measured."
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
     lines += ["| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows]

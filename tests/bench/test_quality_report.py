@@ -126,7 +126,7 @@ def test_every_number_of_the_index_stands_where_the_index_says():
     assert len(claims) > 15
     for numbers, page, anchor in claims:
         text = section(report.PAGES / page, anchor)
-        for number in re.findall(r"\d+\.\d+", numbers):
+        for number in re.findall(r"-?\d+\.\d+(?: ± \d+\.\d+|%)?", numbers):
             assert number in text, f"{number} is not in {page}#{anchor}"
 
 
