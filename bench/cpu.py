@@ -22,12 +22,12 @@ from typing import Any
 from .record import save, table
 
 TOKENS = 160
-#: (name, context, extra_args); the first of each context is what express is compared on.
+#: (what, context, extra_args); the first of each context is what express is compared on.
 CASES: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("512", 512, {"express_memory_tokens": 1024}),
-    ("7500, 1,024 slots", 7500, {"express_memory_tokens": 1024}),
-    ("7500, 512 slots", 7500, {"express_memory_tokens": 512}),
-    ("7500, 2,048 slots", 7500, {"express_memory_tokens": 2048}),
+    ("7500, 1,024 tokens", 7500, {"express_memory_tokens": 1024}),
+    ("7500, 512 tokens", 7500, {"express_memory_tokens": 512}),
+    ("7500, 2,048 tokens", 7500, {"express_memory_tokens": 2048}),
     ("7500, exact", 7500, {"express_mode": "exact"}),
 )
 

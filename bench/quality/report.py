@@ -24,6 +24,7 @@ MARK = re.compile(
 #: What a mark may name -> makes the table of a stored result.
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "run": tables.run, "losses": tables.losses, "behind": tables.behind, "errors": tables.errors,
+    "behind equal layers": lambda stored: tables.behind(stored, "express"),
     "needle": lambda stored: tables.asked(stored, "needle"),
     "pairs": lambda stored: tables.asked(stored, "pairs"),
     "repeated": tables.repeated,

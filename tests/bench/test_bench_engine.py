@@ -13,7 +13,7 @@ import pytest
 from bench import engine, record, traces
 
 OPTIONS = argparse.Namespace(memory=2048, outputs=[8192], window=128, whole=False, max_num_seqs=256,
-                            batched_tokens=8192, wide_layers=[])  # fmt: skip
+                            batched_tokens=8192, wide_layers=[], shape="8b")  # fmt: skip
 
 
 class Steps:
@@ -51,8 +51,10 @@ def test_every_request_fits_to_the_end_of_the_last_window():
 def test_with_wide_layers_the_step_is_timed_until_they_are_full():
     options = argparse.Namespace(**vars(OPTIONS) | {"wide_layers": [8, 16]})
     assert engine.measured_lengths("express", 16384, 8, OPTIONS) == [1024, 2560, 4096]
-    assert engine.measured_lengths("express", 16384, 8, options) == [1024, 2560, 4096, 10240]
-    assert engine.measured_lengths("express", 8192, 8, options)[-1] > 4 * 2048
+    assert engine.ordinary_slots(OPTIONS) == 2048
+    assert engine.ordinary_slots(options) == 1724, "two of 32 layers have four times as many"
+    assert engine.measured_lengths("express", 16384, 8, options) == [1024, 2155, 3448, 8620]
+    assert engine.measured_lengths("express", 8192, 8, options)[-1] > 4 * 1724
 
 
 def test_the_table_has_a_line_for_every_figure_of_either_backend():
