@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from express_vllm.layout import RING_ROWS, Event, Layout
+from express_vllm.layout import RING_ROWS, Event
 
+from ..batch import Chunk
 from . import tables
 from .constants import QUERY_ROWS
 from .events import ROWS, EventRows, Kind, round_width, spread, weights
@@ -27,18 +28,6 @@ from .memory import Memory
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
-
-
-@dataclass
-class Chunk:
-    """Tokens [start, stop) of a request: batch rows from `token` on, block-table row `row`."""
-
-    layout: Layout
-    start: int
-    stop: int
-    token: int = 0
-    row: int = 0
-    seed: int = 0
 
 
 class Extent(NamedTuple):
@@ -227,7 +216,7 @@ class _Writer:
                 first_event, len(span.events), span.old, span.shift, chunk.token, self.dense,
                 chunk.seed & 0xFFFFFFFF, (chunk.seed >> 32) & 0xFFFFFFFF, chunk.row, self.lists,
                 width, span.known, span.stored, span.final, span.stop,
-                shape.slots - shape.ring if shape.ring else -1, span.upcoming - RING_ROWS,
+                chunk.layout.ring_start if shape.ring else -1, span.upcoming - RING_ROWS,
             )
         )  # fmt: skip
         for event, rows in zip(span.events, span.rows, strict=True):
