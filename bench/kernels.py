@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from express_vllm.backend.chunk import Chunk
 from express_vllm.backend.kernels import decode, step
-from express_vllm.backend.kernels.step import Chunk, StepPlan, Tuning
+from express_vllm.backend.kernels.step import StepPlan, Tuning
 from express_vllm.layout import Layout, Shape, layout_for, make_shape
 
 from . import record

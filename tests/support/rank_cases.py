@@ -7,8 +7,9 @@ import contextlib
 
 import torch
 
+from express_vllm.backend.chunk import Chunk
 from express_vllm.backend.kernels import step
-from express_vllm.backend.kernels.step import Chunk, StepPlan
+from express_vllm.backend.kernels.step import StepPlan
 from express_vllm.layout import Layout, make_shape
 
 SEED, LAYER, FIRST_HEAD = 2**33 + 5, 3, 4
