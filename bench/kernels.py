@@ -105,7 +105,7 @@ class Prefill:
                 states.append((source, step.identity_lists(s)))
                 continue
             scores = step.score_recent(s, query, self.cache, source, 1, SCALE, GROUP)
-            model = step.model_of(self.cache, GROUP)
+            model = step.Model.of(self.cache, GROUP)
             lists, _ = step.compact(
                 s, scores, source, KV_HEADS, model, s.zero, 0, SCALE, tuning=tuning
             )

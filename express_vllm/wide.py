@@ -2,9 +2,9 @@
 
 What a small cache costs is not spread evenly: in the model that was measured one of 30 layers
 causes a quarter of the loss, and three together nearly half of it (docs/results/layers.md).  Heads
-that retrieve old tokens are few in every model of arXiv 2404.15574, too.  A wide layer holds `factor`
-times the slots of an ordinary one.  Its page has `factor` times the bytes, so that one block table
-serves all layers; a request's memory counts all of them (kvsize.py).
+that retrieve old tokens are few in every model of arXiv 2404.15574, too.  A wide layer holds
+`factor` times the slots of an ordinary one.  Its page has `factor` times the bytes, so that one
+block table serves all layers; a request's memory counts all of them (kvsize.py).
 """
 
 from __future__ import annotations

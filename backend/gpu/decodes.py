@@ -17,8 +17,10 @@ from torch import Tensor
 
 from express_vllm.layout import EXACT_SHAPE, RING_ROWS, Layout, layout_for
 
-from ..kernels.decode import MAX_SEGMENTS, ring_word, segment_steps
-from ..kernels.plan import Chunk, upload
+from ..kernels.constants import MAX_SEGMENTS
+from ..kernels.decode import ring_word, segment_steps
+from ..kernels.span import Chunk
+from ..kernels.upload import upload
 
 if TYPE_CHECKING:
     from express_vllm.budget import Budget

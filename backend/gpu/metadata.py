@@ -23,11 +23,13 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from ..kernels.constants import QUERY_ROWS
+from ..kernels.constants import QUERY_ROWS, Model
+from ..kernels.events import Kind
 from ..kernels.memory import Memory
-from ..kernels.plan import Chunk, Extent, Kind, Span, StepPlan
+from ..kernels.plan import StepPlan
 from ..kernels.scratch import Side, chunks_fit, cut, decodes_fit
-from ..kernels.step import compact_pages, model_of
+from ..kernels.span import Chunk, Extent, Span
+from ..kernels.step import compact_pages
 from ..pages import slot_pages
 from ..step import current_step, plain_batch
 from .decodes import DecodeRows, DecodeTables, layout_of
@@ -161,7 +163,7 @@ class LayerGroup:
 
     @property
     def side(self) -> Side:
-        return Side(model_of(self.cache, self.group), self.kv_heads, self.cache.device)
+        return Side(Model.of(self.cache, self.group), self.kv_heads, self.cache.device)
 
     @classmethod
     def of(cls, layers: Sequence[Any]) -> LayerGroup:

@@ -21,7 +21,7 @@ from . import constants, tables
 from .constants import SLICES, Model
 from .events import ROUND_HALVINGS, TILE_POINTS, Kind, round_width
 from .memory import aligned
-from .plan import Extent, Span, cdiv
+from .span import Extent, Span, cdiv
 
 #: Least bytes of a workspace: plans of usual budgets are not cut.
 LEAST = 256 << 20

@@ -84,11 +84,13 @@ def test_a_budget_is_honoured(server, path, spelling):
 @server_test
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("path", HONOURING)
-def test_a_bad_budget_is_refused(server, path, spelling):
+def test_a_bad_budget_is_refused(server, quick, path, spelling):
     """Of the second the length must be known: vLLM has started its answer by then."""
+    least = quick.size().tokens(128)
     for name, value, words in (
-        ("memory_tokens", 12, "from 128 to 8192"), ("memory", "1KiB", "128 to 8192 tokens"),
-    ):  # fmt: skip
+        ("memory_tokens", 12, f"from {least} to 8192"),
+        ("memory", "1KiB", f"{least} to 8192 tokens"),
+    ):
         for stream in (False, True) if path in STREAMING else (False,):
             more = {"stream": True} if stream else {}
             answer = post(server, path, **spelled(spelling, **{name: value}), **more)
@@ -207,20 +209,24 @@ def embeddings(rows, size):
 
 
 @server_test
-def test_prompt_embeddings_have_a_length(server, small_config):
+def test_prompt_embeddings_have_a_length(server, quick):
     """A request that the engine would not take must not reach it."""
     body = {
         "model": "small", "max_tokens": 16, "ignore_eos": True,
-        "prompt_embeds": embeddings(200, small_config.hidden_size),
+        "prompt_embeds": embeddings(200, quick.hidden_size),
     }  # fmt: skip
-    exact = {"express_mode": "exact", "express_memory_tokens": 167}
+    size = quick.size()
+    least = size.tokens(128)
+    exact = {"express_mode": "exact", "express_memory_tokens": least}
     answer = server.client.post("/v1/completions", json=body | {"vllm_xargs": exact})
     assert answer.status_code == 400
-    assert "216 tokens" in answer.text and "of 167 keeps 128" in answer.text
-    answer = server.client.post("/v1/completions", json=body | {"express": {"memory_tokens": 167}})
+    assert "216 tokens" in answer.text and f"memory of {least} keeps 128" in answer.text
+    answer = server.client.post(
+        "/v1/completions", json=body | {"express": {"memory_tokens": least}}
+    )
     assert answer.status_code == 200, answer.text
     found = answer.json()["usage"]["express"]
-    assert found["exact_kv_tokens"] == 215 and found["peak_kv_tokens"] == 167
+    assert found["exact_kv_tokens"] == 215 and found["peak_kv_tokens"] == least
     wait_for_rest(server)
 
 

@@ -63,9 +63,9 @@ def test_a_stranger_is_refused(server):
     assert asyncio.run(send(server, "nobody", messages=[])).status_code == 401
 
 
-def test_offline(model_path):
+def test_offline(quick):
     printed = run(
-        "offline.py", "--model", str(model_path), "--eager",
+        "offline.py", "--model", str(quick.path), "--eager",
         VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1",
     )  # fmt: skip
     assert len(re.findall(r"^\{'express_.*\}: '.+'$", printed, re.M)) == 3

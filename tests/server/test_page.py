@@ -12,6 +12,11 @@ pytestmark = [pytest.mark.server, pytest.mark.ops]
 
 
 @pytest.fixture(scope="module")
+def server(small_server):
+    return small_server
+
+
+@pytest.fixture(scope="module")
 def screenshots(tmp_path_factory):
     return tmp_path_factory.mktemp("screenshots")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -52,8 +53,12 @@ def free_port():
 
 
 @contextmanager
-def serve(model_path, log, *arguments, headers=None):
-    """A server of its own, with more `arguments`; `headers` go with every request of its client."""
+def serve(model_path, log, *arguments, headers=None, express=None):
+    """A server of its own, with more `arguments` and settings of `express`.
+
+    `headers` go with every request of its client.
+    """
+    settings = {"memory_tokens": 1024, "max_memory_tokens": 8192, **(express or {})}
     port = free_port()
     script = Path(sys.executable).with_name("vllm")
     program = [script] if script.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
@@ -62,7 +67,7 @@ def serve(model_path, log, *arguments, headers=None):
         "--attention-backend", "express", "--port", str(port), "--host", "127.0.0.1",
         "--served-model-name", "small", *RUNS,
         "--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", str(BLOCKS),
-        "--additional-config", '{"express": {"memory_tokens": 1024, "max_memory_tokens": 8192}}',
+        "--additional-config", json.dumps({"express": settings}),
         *arguments,
     ]  # fmt: skip
     environment = os.environ | {
@@ -87,7 +92,7 @@ def serve(model_path, log, *arguments, headers=None):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(
                     process.pid, signal.SIGKILL
-                )  # engines outlive a server that did not start
+                )  # engines outlive a server
 
 
 def _wait(client, process, log):

@@ -19,8 +19,10 @@ from express_vllm.backend.kernels import scratch
 from express_vllm.backend.kernels.constants import Model
 from express_vllm.backend.kernels.events import Kind, RowCache, build, round_width, spread
 from express_vllm.backend.kernels.memory import Memory, Workspace
-from express_vllm.backend.kernels.plan import Chunk, Span, StepPlan
-from express_vllm.backend.kernels.step import Scores, Work
+from express_vllm.backend.kernels.plan import StepPlan
+from express_vllm.backend.kernels.scores import make_scores
+from express_vllm.backend.kernels.span import Chunk, Span
+from express_vllm.backend.kernels.work import make_work
 from express_vllm.config import ServerConfig
 from express_vllm.layout import DRAW, EXACT_SHAPE, PROFILES, Layout, layout_for, make_shape
 from express_vllm.settings import ATTRIBUTE
@@ -94,7 +96,7 @@ def test_rows_of_many_budgets_take_bounded_memory_and_no_rebuilding():
         layout = layout_for(make_shape(512))
         at = layout.event(5).position
         plan = StepPlan.make([Chunk(layout, at, at + 1)], 4, CPU, compacting=True)
-        size = sum(x.nbytes for x in (plan.events, plan.rounds, plan.ops, plan.ids, plan.bias))
+        size = sum(x.nbytes for x in plan.tables) - plan.tables.requests.nbytes
         first = first or size
         assert size == first < 10_000
     assert len(cache) < asked
@@ -146,8 +148,7 @@ def test_the_worst_mixes_are_cut_to_what_is_reserved(slots, tokens):
         plan = StepPlan.of(some, CPU, 32, Memory(CPU, workspace))
         allocate(plan, SIDE)
         assert plan.memory.used <= scratch.chunk_bytes(plan.extent, plan.kind, SIDE) <= limit
-        arrays = (plan.events, plan.items, plan.rounds, plan.ops, plan.ids, plan.bias)
-        assert plan.requests.nbytes + sum(x.nbytes for x in arrays) <= plan.extent.tables
+        assert sum(x.nbytes for x in plan.tables) <= plan.extent.tables
         for span in some:
             row = span.chunk.row
             assert span.chunk.start == seen.get(row, step[row].start)
@@ -175,8 +176,8 @@ def test_events_of_many_decodes_take_what_is_reserved(layers):
         found = scratch.sharing(
             plan.extent, plan.kind, SIDE, together, True, limit=share.sharing_limit
         )
-        Scores.make(plan, SIDE.heads, SIDE.model.size, together, torch.bfloat16)
-        Work.make(plan, SIDE.heads, together, found)
+        make_scores(plan, SIDE.heads, SIDE.model.size, together, torch.bfloat16)
+        make_work(plan, SIDE.heads, together, found)
         programs = max(1, share.spare // scratch.spare_bytes(plan.extent, SIDE))
         plan.memory.empty(programs, scratch.spare_bytes(plan.extent, SIDE), dtype=torch.uint8)
         assert plan.memory.used <= limit
@@ -187,9 +188,9 @@ def allocate(plan, side):
     """What a chunk's plan takes, with a dense copy."""
     plan.memory.empty(plan.extent.dense, side.heads, 2 * side.model.size, dtype=torch.bfloat16)
     if plan.kind:
-        Scores.make(plan, side.heads, side.model.size, 1, torch.bfloat16)
+        make_scores(plan, side.heads, side.model.size, 1, torch.bfloat16)
         found = scratch.sharing(plan.extent, plan.kind, side, 1, False)
-        Work.make(plan, side.heads, 1, found)
+        make_work(plan, side.heads, 1, found)
 
 
 @settings(max_examples=40, deadline=None)
