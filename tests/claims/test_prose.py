@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -94,15 +95,34 @@ def test_commands_exist(path):
             assert command in ("doctor", "check", "conflicts"), line
 
 
-def test_pages_name_files_of_the_code_that_exist():
-    for name, folder in (("architecture.md", ROOT), ("kernels.md", ROOT / "backend" / "kernels")):
-        _, _, table = (ROOT / "docs" / name).read_text().partition("| --- |")
-        found = re.findall(r"`([\w/]+(?:\.py|/))`", table.split("\n\n")[0])
-        assert found and [path for path in found if not (folder / path).exists()] == []
+def files_of_first_table(page):
+    _, _, table = (ROOT / "docs" / page).read_text().partition("| --- |")
+    return re.findall(r"`([\w/]+(?:\.py|/))`", table.split("\n\n")[0])
+
+
+def test_the_architecture_names_every_module_that_exists():
+    found = set(files_of_first_table("architecture.md"))
+    files = {path for name in ("express_vllm", "backend") for path in (ROOT / name).glob("*.py")}
+    files = {str(path.relative_to(ROOT)) for path in files if path.name != "__init__.py"}
+    assert {name for name in found if name.endswith(".py")} == files
+    assert all((ROOT / name).exists() for name in found)
+
+
+def test_the_page_of_kernels_names_every_file():
+    files = {path.name for path in (ROOT / "backend" / "kernels").glob("*.py")}
+    assert set(files_of_first_table("kernels.md")) == files - {"__init__.py", "reference.py"}
 
 
 def test_the_readme_is_read_in_two_minutes():
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
+
+
+def test_the_issue_form_asks_for_the_doctors_report():
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "fault.yml").read_text())
+    first = form["body"][0]
+    assert (
+        "express-vllm doctor" in first["attributes"]["label"] and first["validations"]["required"]
+    )
 
 
 def test_the_packages_description_has_absolute_links_to_files_that_exist():
