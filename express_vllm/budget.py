@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .fields import MODES, PREFIX, BudgetError, Fields, memory_amount, parse
-from .layout import Layout, Shape, layout_for
+from .layout import EXACT_SHAPE, Layout, Shape, layout_for
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -29,7 +29,8 @@ FIELDS = {PREFIX + name: str(f.description) for name, f in Fields.model_fields.i
 
 @dataclass(frozen=True)
 class Budget:
-    """A resolved budget.  `shape` is None when every token is kept (then `slots` are needed).
+    """A resolved budget.  When every token is kept it is `exact`: its shape is EXACT_SHAPE, and
+    `slots` is the request's greatest length.
 
     Memory and compute are means over the layers (kvsize.py).  `slots` and `shape` are of an
     ordinary layer; a wide one has the shape `wide`, which is None when the server has no wide
@@ -42,34 +43,39 @@ class Budget:
     seed: int
     profile: str
     slots: int
-    shape: Shape | None
+    shape: Shape
     wide: Shape | None = None
 
     @property
-    def layout(self) -> Layout | None:
-        return None if self.shape is None else layout_for(self.shape)
+    def exact(self) -> bool:
+        """Whether every token is kept."""
+        return self.shape.exact
 
-    def layout_in(self, wide: bool) -> Layout | None:
+    @property
+    def layout(self) -> Layout:
+        return layout_for(self.shape)
+
+    def layout_in(self, wide: bool) -> Layout:
         """The layout in wide layers or in ordinary ones."""
-        return layout_for(self.wide) if wide and self.wide else self.layout
+        return layout_for((wide and self.wide) or self.shape)
 
     def compactions(self, tokens: int) -> int:
         """Events that have run when `tokens` tokens are stored."""
-        return 0 if self.shape is None else layout_for(self.shape).events_done(tokens)
+        return self.layout.events_done(tokens)
 
     def reserved(self, tokens: int) -> int:
         """Slots that must be allocated once `tokens` tokens are stored.
 
         Their blocks suffice in wide layers too: a block holds `wide_factor` times as many there.
         """
-        return tokens if self.shape is None else layout_for(self.shape).reserved(tokens)
+        return self.layout.reserved(tokens)
 
     @property
     def packed(self) -> list[Any]:
         """What `unpack` makes the budget from, in types that JSON and msgpack have."""
         return [
             self.mode, self.memory_tokens, self.compute_tokens, self.seed, self.profile, self.slots,
-            self.shape is not None, self.wide.slots if self.wide else 0,
+            not self.exact, self.wide.slots if self.wide else 0,
         ]  # fmt: skip
 
 
@@ -111,9 +117,9 @@ def resolve(
     if mode == "exact":
         given = asked.memory_tokens is not None or asked.memory is not None
         _check_exact(length, memory, settings, given, prefix)
-        return Budget(mode, memory, compute, seed, profile, length, None)
+        return Budget(mode, memory, compute, seed, profile, length, EXACT_SHAPE)
     if length <= size.slots(compute):
-        return Budget(mode, memory, compute, seed, profile, length, None)
+        return Budget(mode, memory, compute, seed, profile, length, EXACT_SHAPE)
     memory = max(on_grid(memory), min(memory, settings.min_memory_tokens))
     compute = min(memory, max(on_grid(compute), min(compute, settings.least_tokens)))
     try:
@@ -145,7 +151,7 @@ def unpack(packed: object, settings: Settings, length: int) -> Budget:
         raise ValueError("the request has no budget that was resolved by this version")
     mode, memory, compute, seed, profile, slots, bounded, wide_slots = packed
     config = settings.config
-    shape = wide = None
+    shape, wide = EXACT_SHAPE, None
     if bounded:
         shape = config.shape(slots, profile)
         wide = config.shape(wide_slots, profile) if wide_slots else None

@@ -33,7 +33,7 @@ import numpy as np
 from .schedules import DRAW, HALVE, Count, Lazy, Op, Paper, State
 
 __all__ = [
-    "DRAW", "EXACT_SHAPE", "HALVE", "MAX_TOKENS", "MIN_SLOTS", "PROFILES", "RING_ROWS",
+    "DRAW", "EXACT_SHAPE", "HALVE", "MAX_TOKENS", "MIN_SLOTS", "NEVER", "PROFILES", "RING_ROWS",
     "RING_SLOTS", "SCHEDULES", "Attended", "Event", "Layout", "Op", "Segment", "Shape", "State",
     "layout_for", "make_shape",
 ]  # fmt: skip
@@ -55,6 +55,8 @@ PROFILES = {"recent": 1.0, "even": 0.25}
 MIN_CAPACITY = 24
 #: The longest sequence that layouts are made for: positions fit 32 bits, levels `MIN_CAPACITY`.
 MAX_TOKENS = 1 << 24
+#: A position that no sequence has.
+NEVER = 1 << 40
 
 
 class Segment(NamedTuple):
@@ -89,6 +91,11 @@ class Shape:
     target: int = 0
     inflation: int = 0
     exponent: float = 1.0
+
+    @property
+    def exact(self) -> bool:
+        """Whether every token is kept: a position is a slot, and no event ever comes."""
+        return self.schedule == "exact"
 
     @property
     def first_event(self) -> int:
@@ -226,18 +233,40 @@ class Layout:
         self.shape = shape
         self._schedule = Paper(shape) if shape.schedule == "paper" else Lazy(shape)
 
-    def events_done(self, tokens: int) -> int:
+    def events_done(self, tokens: Count) -> Count:
         """How many events have run when `tokens` tokens are stored (E_k < tokens)."""
-        late = tokens - 1 - self.shape.first_event
-        return 0 if late < 0 else late // self.shape.interval + 1
+        done = (tokens - 1 - self.shape.first_event) // self.shape.interval + 1
+        return done * (done > 0)
 
     def position(self, index: Count) -> Count:
         """Where event `index` runs: before the token at this position."""
         return self.shape.first_event + index * self.shape.interval
 
-    def next_event_position(self, tokens: int) -> int:
+    def next_event_position(self, tokens: Count) -> Count:
         """Position of the first event that has not run when `tokens` tokens are stored."""
         return self.position(self.events_done(tokens))
+
+    def last_event_position(self, tokens: int) -> int:
+        """Position of the last event that has run when `tokens` tokens are stored; -1: none has."""
+        done = self.events_done(tokens)
+        return self.position(done - 1) if done else -1
+
+    @property
+    def ring_start(self) -> int:
+        """First slot of the query ring; without one, the end of the slots."""
+        return self.shape.slots - self.shape.ring
+
+    def ring_from(self, tokens: Count) -> Count:
+        """Position whose query is row 0 of the ring when `tokens` tokens are stored: the next event
+        scores with the RING_ROWS queries from there on.  Without a ring, NEVER."""
+        if not self.shape.ring:
+            return 0 * tokens + NEVER
+        return self.next_event_position(tokens) - RING_ROWS
+
+    def ring_row(self, position: Count) -> Count:
+        """The ring row that keeps the query at `position`, an integer or an array of any shape;
+        below 0: none does.  Two rows lie in a slot, in its key half and in its value half."""
+        return position - self.ring_from(position + 1)
 
     def live_after(self, index: Count) -> Count:
         """Live slots after event `index`."""
@@ -325,11 +354,11 @@ class Layout:
     @property
     def attended_peak(self) -> int:
         """The most entries that a token attends to, itself included."""
-        return self.shape.slots - self.shape.ring
+        return self.ring_start
 
 
-#: Of a request without a budget: its cache never reaches the first event.
-EXACT_SHAPE = Shape("exact", 1 << 40, 0, 0, 0, 0, interval=1 << 40, group=1 << 40)
+#: Of every request that keeps all its tokens (`Shape.exact`).
+EXACT_SHAPE = Shape("exact", NEVER, 0, 0, 0, 0, interval=NEVER, group=NEVER)
 
 #: Events of all layouts that were asked for last, some 2 KB each, and the most that are kept.
 _events: dict[tuple[Layout, int], Event] = {}

@@ -16,7 +16,6 @@ from typing import Any
 
 from express_vllm.budget import Budget
 from express_vllm.kvsize import KVSize
-from express_vllm.layout import Layout
 
 #: Attribute of a ModelRunnerOutput: seconds of the step that were spent compacting.
 COMPACTION_SECONDS = "express_compaction_seconds"
@@ -32,14 +31,12 @@ class Tracked:
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
-        self.layout: Layout | None = budget.layout
+        self.layout = budget.layout
         self.most = 0
 
     def advance(self, start: int, stop: int) -> tuple[int, int]:
         """Tokens [start, stop) are processed; -> compactions, entries that they thin out."""
         self.most = max(self.most, stop)
-        if self.layout is None:
-            return 0, 0
         events = self.layout.events_done(stop) - self.layout.events_done(start)
         return events, self.layout.thinned(start, stop)
 

@@ -124,17 +124,15 @@ def attended(budget: Budget, settings: Settings, start: int, stop: int) -> Atten
     )
 
 
-def _attended(layout: Layout | None, start: int, stop: int) -> tuple[float, int]:
+def _attended(layout: Layout, start: int, stop: int) -> tuple[float, int]:
     """The mean and the most of one layer."""
-    if layout is None:
-        return (start + stop - 1) / 2, stop - 1
     found = layout.attended(start, stop)
     return found.total / (stop - start), found.most
 
 
 def error_bound(budget: Budget, config: ServerConfig) -> Bound:
     """The published bound, and whether it is about what runs here."""
-    if budget.shape is None:
+    if budget.exact:
         return Bound(applies=True, factor=0.0, coreset_tokens=None, note="every token is kept")
     if config.schedule == "paper":
         target = budget.shape.target
@@ -142,7 +140,7 @@ def error_bound(budget: Budget, config: ServerConfig) -> Bound:
         note = "the schedule of the paper, for its kernel and up to its inflation limit"
         return Bound(applies=True, factor=factor, coreset_tokens=target, note=note)
     note = (
-        "the lazy schedule has no proven bound (its measured errors are in the README); "
+        "the lazy schedule has no proven bound (docs/results has its measured errors); "
         'a server with "schedule": "paper" has one'
     )
     return Bound(applies=False, factor=None, coreset_tokens=None, note=note)

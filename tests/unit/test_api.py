@@ -139,7 +139,7 @@ def test_a_share_is_of_the_longest_that_the_request_can_grow(text, slots):
 
 def test_a_share_of_a_short_request_is_at_least_the_minimum_and_then_exact():
     budget = ask({"memory": "1%"}, prompt=50, max_tokens=50)
-    assert budget.memory_tokens == 128 and budget.shape is None
+    assert budget.memory_tokens == 128 and budget.exact
 
 
 def test_memory_is_what_vllms_pages_take(model_path):
@@ -171,10 +171,9 @@ def test_usage_is_the_layouts(memory, prompt, output):
     stored = prompt + output - 1
     assert used["exact_kv_tokens"] == stored
     assert used["peak_kv_tokens"] == budget.reserved(stored) <= max(memory, 0)
-    if budget.layout is None:
+    assert used["compactions"] == len(budget.layout.events(0, stored))
+    if budget.exact:
         assert used["compactions"] == 0 and used["compression_ratio"] == 1
-    else:
-        assert used["compactions"] == len(budget.layout.events(0, stored))
 
 
 def test_several_sequences_add_up():

@@ -37,9 +37,9 @@ def test_compute_caps_what_a_token_attends_to():
 
 def test_a_sequence_that_fits_stays_exact():
     for fits in (ask(memory_tokens=4096, prompt=4000, max_tokens=96), ask(mode="exact", prompt=50)):
-        assert fits.shape is None
+        assert fits.exact and fits.layout_in(wide=True).shape.exact
         assert fits.reserved(70) == 70
-    assert ask(memory_tokens=4096, prompt=4000, max_tokens=97).shape is not None
+    assert not ask(memory_tokens=4096, prompt=4000, max_tokens=97).exact
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_memory_and_compute_are_means_over_the_layers(data, prompt, schedule, he
     )  # fmt: skip
     tokens = prompt + 192
     layers = [(27, budget.layout), (3, budget.layout_in(True))]
-    if budget.layout is None:
+    if budget.exact:
         assert WIDE.tokens(tokens) <= compute, "a request that keeps every token fits its budget"
         return
     assert tokens > WIDE.slots(compute)
@@ -202,7 +202,7 @@ def test_no_legal_budget_is_exceeded(memory, data, prompt, profile, schedule):
     )
     total = min(prompt + 192, 8192)
     assert budget.reserved(total) <= memory
-    if budget.layout is not None:
+    if not budget.exact:
         assert budget.layout.attended_peak <= compute
 
 

@@ -1,10 +1,13 @@
 """Properties of the pure layout: budgets hold, weights add up, chunks do not matter."""
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from express_vllm.layout import (
+    EXACT_SHAPE,
     HALVE,
     MAX_TOKENS,
     MIN_SLOTS,
@@ -189,6 +192,35 @@ def test_ring_is_reserved_before_it_is_written():
     first_row = shape.first_event - RING_ROWS
     assert layout.reserved(first_row) == first_row
     assert layout.reserved(first_row + 1) == shape.slots
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.integers(0, 100_000))
+def test_the_ring_keeps_the_last_queries_before_an_event(shape, position):
+    """Of one position or of many, in any kind of array."""
+    layout = plan(shape)
+    row = layout.ring_row(position)
+    rows = layout.ring_row(np.arange(position, position + 700))
+    assert rows[0] == row and rows[500] == layout.ring_row(position + 500)
+    assert (layout.ring_row(torch.arange(position, position + 700)).numpy() == rows).all()
+    due = np.array([layout.next_event_position(p + 1) for p in range(position, position + 700)])
+    if shape.ring:
+        assert (rows == RING_ROWS - (due - np.arange(position, position + 700))).all()
+        assert layout.ring_start + shape.ring == shape.slots
+    else:
+        assert (rows < 0).all()
+
+
+@given(st.integers(1, MAX_TOKENS))
+def test_an_exact_layout_keeps_every_token(tokens):
+    layout = layout_for(EXACT_SHAPE)
+    assert layout.shape.exact
+    assert tokens == layout.live(tokens) == layout.reserved(tokens)
+    assert layout.segments(tokens) == [(tokens, 1, 0.0)]
+    assert layout.events(0, tokens) == [] and layout.last_event_position(tokens) == -1
+    assert layout.next_event_position(tokens) > MAX_TOKENS and layout.ring_row(tokens) < 0
+    assert layout.thinned(0, tokens) == 0
+    assert layout.attended(1, tokens + 1) == (tokens * (tokens + 1) // 2, tokens)
 
 
 def test_paper_schedule_follows_the_published_phases():
