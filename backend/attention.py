@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from express_vllm.conflicts import active, refuse_layer, refuse_unprepared
 from express_vllm.device import uses_triton
 from express_vllm.scheduler.spec import ExpressSpec
 
+from .device import Device, Path, device_of, metadata_builder
 from .pages import slot_pages
 
 
@@ -35,7 +35,7 @@ class ExpressBackend(AttentionBackend):
 
     @staticmethod
     def get_builder_cls() -> Any:
-        return device_module("metadata").ExpressMetadataBuilder
+        return metadata_builder()
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -118,8 +118,8 @@ class ExpressImpl(AttentionImpl[Any]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.first_kv_head = first_kv_head(self.num_kv_heads)
-        self._path: Any = None
-        self._device = device_module("device").Device(self, get_current_vllm_config())
+        self._path: Path | None = None
+        self._device: Device = device_of(self, get_current_vllm_config())
 
     def forward(
         self,
@@ -148,12 +148,9 @@ class ExpressImpl(AttentionImpl[Any]):
         return output
 
 
-def device_module(name: str) -> Any:
-    return importlib.import_module(f"{__package__}.{'gpu' if uses_triton() else 'cpu'}.{name}")
-
-
 def layer_index(name: str) -> int:
     """The global index of the decoder layer `name`: it feeds the seed, on every pipeline rank."""
+    # Imported here: it loads the models' code, which processes without a model do not need.
     from vllm.model_executor.models.utils import extract_layer_index
 
     return extract_layer_index(name)
@@ -161,6 +158,7 @@ def layer_index(name: str) -> int:
 
 def first_kv_head(local_heads: int) -> int:
     """Global index of this tensor-parallel rank's first KV head."""
+    # Imported here: a rank is known, and vLLM's communication loaded, only in a worker.
     from vllm.distributed import get_tensor_model_parallel_rank
 
     config = get_current_vllm_config()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from express_vllm.budget import Budget
+from express_vllm.layout import EXACT_SHAPE
 
 
 class MissingBudget(RuntimeError):
@@ -31,15 +32,10 @@ class Step:
     budgets: Mapping[str, Budget] | None
     request_ids: Callable[[Any], Sequence[str]]
 
-    def batch(self, common: Any) -> list[Budget | None]:
-        """The budgets of the batch's requests; None for padding and for made-up requests."""
-        budgets = self.of(self.request_ids(common)[: common.num_reqs])
-        return budgets + [None] * (common.num_reqs - len(budgets))
-
-    def of(self, names: Sequence[str]) -> list[Budget | None]:
+    def of(self, names: Sequence[str]) -> list[Budget]:
         """The budgets of requests `names`.  Raises MissingBudget."""
         if self.budgets is None:
-            return [None] * len(names)
+            return [MADE_UP] * len(names)
         if missing := [name for name in names if name not in self.budgets]:
             raise MissingBudget(
                 f"requests {missing[:3]} run without a budget: the step has those of "
@@ -48,6 +44,8 @@ class Step:
         return [self.budgets[name] for name in names]
 
 
+#: Of requests that vLLM makes up: they keep every token.
+MADE_UP = Budget("exact", 0, 0, 0, "recent", 0, EXACT_SHAPE)
 #: No requests.
 IDLE = Step({}, lambda common: ())
 _current: Step | None = None
@@ -77,20 +75,3 @@ def current_step() -> Step:
 def made_up() -> bool:
     """Whether vLLM warms up: what it executes now are not requests of its scheduler."""
     return _current is IDLE
-
-
-def plain_batch(common_prefix_len: int, common: Any) -> None:
-    """Raises NotImplementedError for a batch that is not plain causal decoding and prefill.
-
-    `common` is vLLM's CommonAttentionMetadata.
-    """
-    found = {
-        "cascade attention": common_prefix_len != 0,
-        "attention that is not causal": common.causal is not True,
-        "an encoder's batch": common.encoder_seq_lens is not None,
-        "context parallelism": common.dcp_local_seq_lens is not None,
-        "multimodal prefixes": common.mm_req_doc_ranges is not None,
-        "reference sliding windows": common.rswa_prefix_lens is not None,
-    }
-    if names := [name for name, active in found.items() if active]:
-        raise NotImplementedError(f"express runs no batch with {' and '.join(names)}")

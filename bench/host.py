@@ -22,6 +22,7 @@ CUDA = torch.cuda.is_available()
 if not CUDA:  # only plans are made, but the kernels' modules are loaded
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from express_vllm.backend.batch import Batch  # noqa: E402
 from express_vllm.backend.gpu.decodes import DecodeRows  # noqa: E402
 from express_vllm.backend.kernels import plan, scratch  # noqa: E402
 from express_vllm.backend.kernels.constants import Model  # noqa: E402
@@ -63,6 +64,7 @@ class Decoding:
         self.budgets = budgets(distinct)
         self.names = [str(r) for r in range(REQUESTS)]
         self.index = np.arange(REQUESTS)
+        self.bounds = np.arange(REQUESTS + 1)  # batch rows
         draws = np.random.default_rng(0).integers(SHORTEST, LONGEST, REQUESTS)
         self.positions = draws
         self.rows = DecodeRows(False, REQUESTS, DEVICE)
@@ -82,9 +84,11 @@ class Decoding:
             layout_for(budget.shape).live(position)  # as the prompt's steps did
 
     def step(self) -> None:
-        due = self.rows.update(self.index, self.names, self.budgets, self.positions)
-        self.compactions += len(due)
-        spans = [plan.Span.of(chunk, compacting=True) for chunk in due]
+        batch = Batch(self.names, self.budgets, self.bounds, self.positions + 1)
+        due = batch.due(self.rows.update(self.index, self.names, self.budgets, batch.starts))
+        chunks = [batch.chunk(r) for r in batch.decodes[due].tolist()]
+        self.compactions += len(chunks)
+        spans = [plan.Span.of(chunk, compacting=True) for chunk in chunks]
         for some in scratch.cut(spans, self.fits):
             made = plan.StepPlan.of(some, DEVICE, 0, Memory(DEVICE, self.workspace))
             if CUDA:

@@ -6,35 +6,35 @@ import functools
 import importlib
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from . import compiled
 
 if TYPE_CHECKING:
-    from ..attention import ExpressImpl
+    from ..device import Layer
     from .path import CpuPath
 
 logger = logging.getLogger("vllm.express")
 
 
-class Device:
-    def __init__(self, impl: ExpressImpl, vllm_config: Any) -> None:
-        self.impl = impl
+class CpuDevice:
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer
         load_kernels()
 
     def reserve(self, query: Tensor) -> None:
         """Nothing: memory is not profiled on CPUs."""
 
     def path(self, layer: int) -> CpuPath:
-        from .path import CpuPath
+        from .path import CpuPath  # compiled by now: `load_kernels` reports how long it takes
 
-        impl = self.impl
-        group = impl.num_heads // impl.num_kv_heads
+        of = self._layer
         return CpuPath(
-            layer, impl.first_kv_head, impl.num_kv_heads, group, impl.head_size, impl.scale
-        )
+            layer, of.first_kv_head, of.num_kv_heads, of.num_heads // of.num_kv_heads,
+            of.head_size, of.scale,
+        )  # fmt: skip
 
 
 @functools.cache

@@ -1,21 +1,15 @@
-"""`Plan`: what a step must do, built once on the host and shared by every layer.
-
-Budgets and token counts come from the scheduler; `layout` turns them into slots, so nothing is
-read back from a device.
-"""
+"""A step's plan on the CPU: built once on the host from the `Batch`, shared by every layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 
-from express_vllm.budget import Budget
-from express_vllm.layout import RING_ROWS, Event, Layout
+from express_vllm.layout import Event, Layout
 
-from ..step import current_step, plain_batch
+from ..batch import Batch, Chunk
 from .compaction import operations
 from .decode import DecodeBatch
 
@@ -51,67 +45,52 @@ class Piece:
 
 
 @dataclass
-class SequencePlan:
-    """A request whose step crosses an event or has several tokens.
+class DenseChunk:
+    """A chunk, or a decode with an event due: worked off on a dense copy of the request's state.
 
-    `first_token` is the batch row of the token at position `start`; `blocks` its block table row.
+    `blocks`, int32, is its block-table row.
     """
 
-    first_token: int
-    start: int
-    stop: int
-    layout: Layout | None
-    seed: int
+    chunk: Chunk
     blocks: np.ndarray
     pieces: list[Piece]
 
 
 @dataclass
 class RingWrite:
-    """Decode tokens whose query row must be kept: batch rows, pool slots, rows of the ring."""
+    """Decode tokens whose query must be kept, int64 [W]: batch rows, slots of the page pool, rows
+    of the ring."""
 
-    tokens: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
+    tokens: np.ndarray
+    slots: np.ndarray
+    rows: np.ndarray
 
 
 @dataclass
 class ExpressMetadata:
-    """The step's plan."""
+    """The step's plan: decodes on the pages, the rest on dense copies."""
 
-    sequences: list[SequencePlan]
+    dense: list[DenseChunk]
     decode: DecodeBatch | None
-    ring: RingWrite
+    ring: RingWrite | None
+
+    @property
+    def idle(self) -> bool:
+        """A dummy batch: nothing is written, nothing attended."""
+        return self.decode is None and not self.dense
 
 
-def log_weights(layout: Layout | None, tokens: int) -> np.ndarray | None:
+def log_weights(layout: Layout, tokens: int) -> np.ndarray | None:
     """log w of every live slot when `tokens` tokens are stored, fp32; None: all weights are 1."""
-    if layout is None or layout.events_done(tokens) == 0:
+    if layout.events_done(tokens) == 0:
         return None
     segments = layout.segments(tokens)
     logs = (np.log(2) * np.array([s.log2_weight for s in segments])).astype(np.float32)
     return np.repeat(logs, [s.length for s in segments])
 
 
-def ring_row(layout: Layout, position: int) -> int | None:
-    """The ring row that keeps the query at `position`, if the next event scores with it."""
-    if not layout.shape.ring:
-        return None
-    row = position - (layout.next_event_position(position + 1) - RING_ROWS)
-    return row if row >= 0 else None
-
-
-def ring_rows(layout: Layout, start: int, stop: int) -> np.ndarray:
-    """`ring_row` of positions [start, stop), int64; below 0: no event scores with it."""
-    shape, position = layout.shape, np.arange(start, stop)
-    done = np.maximum((position - shape.first_event) // shape.interval + 1, 0)
-    return position - (shape.first_event + done * shape.interval - RING_ROWS)
-
-
-def plan_pieces(layout: Layout | None, start: int, stop: int) -> list[Piece]:
+def plan_pieces(layout: Layout, start: int, stop: int) -> list[Piece]:
     """Cut [start, stop) at the events that run while those tokens are processed."""
-    if layout is None:
-        return [Piece(start, stop, start, None, None)]
     pieces, position = [], start
     for event in layout.events(start, stop):
         pieces.append(_piece(layout, position, event.position, Compaction.of(layout, event)))
@@ -129,8 +108,6 @@ def _piece(layout: Layout, start: int, stop: int, compaction: Compaction | None)
 
 
 class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
-    """Splits a batch into single-token requests without an event and the rest."""
-
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.wide = kv_cache_spec.factor > 1
@@ -142,69 +119,46 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> ExpressMetadata:
-        common = common_attn_metadata
-        plain_batch(common_prefix_len, common)
-        return plan_batch(
-            current_step().batch(common),
-            common.query_start_loc_cpu.tolist(),
-            common.seq_lens.tolist(),
-            common.block_table_tensor.numpy(),
-            self.block_size,
-            self.wide,
-        )
+        batch = Batch.of(common_prefix_len, common_attn_metadata, self.wide)
+        table = common_attn_metadata.block_table_tensor.numpy()
+        return plan_batch(batch, table, self.block_size)
 
 
-def plan_batch(
-    budgets: Sequence[Budget | None],
-    starts: Sequence[int],
-    stops: Sequence[int],
-    table: np.ndarray,
-    block_size: int,
-    wide: bool = False,
-) -> ExpressMetadata:
-    """The plan of a batch, in wide layers or in ordinary ones, whose pages hold `block_size` slots:
-    request r owns batch rows [starts[r], starts[r + 1]) and, with them, `stops[r]` tokens; `table`
-    [R, blocks] int32 is the block table."""
-    sequences: list[SequencePlan] = []
-    decodes = _Decodes()
-    for r, budget in enumerate(budgets):
-        first, count, stop = starts[r], starts[r + 1] - starts[r], stops[r]
-        start = stop - count
-        layout = budget.layout_in(wide) if budget else None
-        if count == 1 and not (layout and layout.events(start, stop)):
-            decodes.add(first, start, layout, table[r], block_size)
-        elif count:
-            seed = budget.seed if budget else 0
-            pieces = plan_pieces(layout, start, stop)
-            sequences.append(SequencePlan(first, start, stop, layout, seed, table[r], pieces))
-    return ExpressMetadata(sequences, decodes.batch(), decodes.ring)
+def plan_batch(batch: Batch, table: np.ndarray, block_size: int) -> ExpressMetadata:
+    """The plan of a batch in layers whose pages hold `block_size` slots; table [R, blocks] int32 is
+    the block table."""
+    layouts = [batch.layout(r) for r in batch.decodes]
+    stops = batch.stops[batch.decodes].tolist()
+    last = [x.last_event_position(stop) for x, stop in zip(layouts, stops, strict=True)]
+    due = batch.due(np.array(last, np.int64))
+    dense = [_dense(batch.chunk(r), table[r]) for r in (*batch.decodes[due], *batch.chunks)]
+    steady = [i for i, compacts in enumerate(due.tolist()) if not compacts]
+    if not steady:
+        return ExpressMetadata(dense, None, None)
+    requests, kept = batch.decodes[steady], [(layouts[i], stops[i]) for i in steady]
+    tokens = batch.rows[requests].astype(np.int64)
+    decode = DecodeBatch.make(
+        tokens.tolist(), [layout.live(stop) for layout, stop in kept], table[requests],
+        [log_weights(layout, stop) for layout, stop in kept],
+    )  # fmt: skip
+    rows = np.array([layout.ring_row(stop - 1) for layout, stop in kept])
+    starts = np.array([layout.ring_start for layout, _ in kept])
+    ring = _ring_write(tokens, rows, starts, table[requests], block_size)
+    return ExpressMetadata(dense, decode, ring)
 
 
-class _Decodes:
-    """Collects the single-token requests of a batch."""
+def _dense(chunk: Chunk, blocks: np.ndarray) -> DenseChunk:
+    return DenseChunk(chunk, blocks, plan_pieces(chunk.layout, chunk.start, chunk.stop))
 
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.live: list[int] = []
-        self.biases: list[np.ndarray | None] = []
-        self.rows: list[np.ndarray] = []
-        self.ring = RingWrite()
 
-    def add(
-        self, token: int, position: int, layout: Layout | None, row: np.ndarray, block_size: int
-    ) -> None:
-        self.tokens.append(token)
-        self.rows.append(row)
-        self.live.append(layout.live(position + 1) if layout else position + 1)
-        self.biases.append(log_weights(layout, position + 1))
-        if layout is None or (kept := ring_row(layout, position)) is None:
-            return
-        slot = layout.shape.slots - layout.shape.ring + kept // 2
-        self.ring.tokens.append(token)
-        self.ring.slots.append(int(row[slot // block_size]) * block_size + slot % block_size)
-        self.ring.rows.append(kept)
-
-    def batch(self) -> DecodeBatch | None:
-        if not self.tokens:
-            return None
-        return DecodeBatch.make(self.tokens, self.live, np.stack(self.rows), self.biases)
+def _ring_write(
+    tokens: np.ndarray, rows: np.ndarray, starts: np.ndarray, table: np.ndarray, block_size: int
+) -> RingWrite | None:
+    """Where decodes at batch rows `tokens` [D] keep their queries: in ring rows `rows` [D] (below
+    0: nowhere) of rings whose first slots are `starts` [D]."""
+    kept = np.flatnonzero(rows >= 0)
+    if not len(kept):
+        return None
+    rows = rows[kept]
+    block, slot = np.divmod(starts[kept] + rows // 2, block_size)
+    return RingWrite(tokens[kept], table[kept, block].astype(np.int64) * block_size + slot, rows)

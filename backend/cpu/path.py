@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from express_vllm.layout import RING_ROWS
+from express_vllm.layout import RING_ROWS, Layout
 
 from .. import timing
-from . import compaction
+from .compaction import compact
 from .decode import decode_attention
-from .metadata import ring_rows
 from .prefill import attend_piece
 
 if TYPE_CHECKING:
-    from .metadata import Compaction, ExpressMetadata, SequencePlan
+    from ..batch import Chunk
+    from .metadata import Compaction, DenseChunk, ExpressMetadata, RingWrite
 
 
 class CpuPath:
@@ -29,7 +29,7 @@ class CpuPath:
         layer: int,
         first_kv_head: int,
         kv_heads: int,
-        group: int,
+        group_size: int,
         size: int,
         scale: float,
         kernel: str | None = None,
@@ -37,7 +37,7 @@ class CpuPath:
         self.layer = layer
         self.first_kv_head = first_kv_head
         self.kv_heads = kv_heads
-        self.group = group
+        self.group_size = group_size  # query heads of a KV head
         self.size = size
         self.scale = scale
         self.kernel = kernel
@@ -52,52 +52,54 @@ class CpuPath:
         output: Tensor,
     ) -> None:
         """query [T, heads, d], key and value [T, KV heads, d], output [T, heads, d] in place."""
-        query = query.view(-1, self.kv_heads, self.group, self.size)
-        output = output.view(-1, self.kv_heads, self.group, self.size)
-        for sequence in plan.sequences:
-            self._sequence(query, key, value, kv_cache, sequence, output)
+        if plan.idle:
+            output.zero_()
+        query = query.view(-1, self.kv_heads, self.group_size, self.size)
+        output = output.view(-1, self.kv_heads, self.group_size, self.size)
+        for dense in plan.dense:
+            self._dense(query, key, value, kv_cache, dense, output)
         if plan.decode is not None:
             rows = query[plan.decode.rows].float().contiguous()
             result = decode_attention(rows, key, value, kv_cache, plan.decode, self.scale)
             output[plan.decode.rows] = result.to(output.dtype)
-        if plan.ring.tokens:
-            self._write_ring(query, kv_cache, plan)
+        if plan.ring is not None:
+            self._write_ring(query, kv_cache, plan.ring)
 
-    def _write_ring(self, query: Tensor, kv_cache: Tensor, plan: ExpressMetadata) -> None:
-        ring, block_size = plan.ring, kv_cache.shape[2]
-        slots, halves = torch.tensor(ring.slots), torch.tensor(ring.rows) % 2
-        tokens, turns = torch.tensor(ring.tokens), torch.tensor(ring.rows) % self.group
+    def _write_ring(self, query: Tensor, kv_cache: Tensor, ring: RingWrite) -> None:
+        block_size = kv_cache.shape[2]
+        slots, halves = torch.from_numpy(ring.slots), torch.from_numpy(ring.rows % 2)
+        tokens, turns = torch.from_numpy(ring.tokens), torch.from_numpy(ring.rows % self.group_size)
         rows = query[tokens, :, turns].to(kv_cache.dtype)
         pages = kv_cache.unflatten(3, (2, self.size))
         pages[slots // block_size, :, slots % block_size, halves] = rows
 
-    def _sequence(
+    def _dense(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        plan: SequencePlan,
+        dense: DenseChunk,
         output: Tensor,
     ) -> None:
-        """Prefill chunks and event steps: gather the state, run the pieces, scatter the result."""
-        count = plan.stop - plan.start
-        rows = slice(plan.first_token, plan.first_token + count)
+        """Gather the state, run the pieces, scatter the result."""
+        chunk, pieces = dense.chunk, dense.pieces
+        rows = slice(chunk.token, chunk.token + chunk.stop - chunk.start)
         queries = query[rows]
-        final_live = plan.layout.live(plan.stop) if plan.layout else plan.stop
-        capacity = max([p.live + p.stop - p.start for p in plan.pieces])
+        final_live = chunk.layout.live(chunk.stop)
+        capacity = max([p.live + p.stop - p.start for p in pieces])
         state = torch.empty(self.kv_heads, capacity, 2 * self.size)
-        slots = plan.pieces[0].live
+        slots = pieces[0].live
         if slots:
-            state[:, :slots] = self._read(kv_cache, plan.blocks, 0, slots)
+            state[:, :slots] = self._read(kv_cache, dense.blocks, 0, slots)
         new = torch.cat([key[rows], value[rows]], -1).transpose(0, 1).float()
-        query_rows = self._query_rows(queries, kv_cache, plan)
+        query_rows = self._query_rows(queries, kv_cache, dense)
         moved = False
         spare: Tensor | None = None
-        for piece in plan.pieces:
+        for piece in pieces:
             length = piece.stop - piece.start
             if length:
-                offset = piece.start - plan.start
+                offset = piece.start - chunk.start
                 state[:, piece.live : piece.live + length] = new[:, offset : offset + length]
                 attend_piece(
                     queries[offset : offset + length], state[:, : piece.live + length],
@@ -105,70 +107,64 @@ class CpuPath:
                 )  # fmt: skip
             if piece.compaction is not None:
                 spare = torch.empty_like(state) if spare is None else spare
-                self._compact(state, spare, query_rows, plan, piece.compaction)
+                self._compact(state, spare, query_rows, chunk, piece.compaction)
                 state, spare = spare, state
                 moved = True
         first = 0 if moved else slots
-        self._write(kv_cache, plan.blocks, first, state[:, first:final_live])
-        self._keep_query_rows(query_rows, kv_cache, plan)
+        self._write(kv_cache, dense.blocks, first, state[:, first:final_live])
+        self._keep_query_rows(query_rows, kv_cache, dense)
 
     def _compact(
         self,
         state: Tensor,
         target: Tensor,
         query_rows: Tensor,
-        plan: SequencePlan,
-        step: Compaction,
+        chunk: Chunk,
+        compaction: Compaction,
     ) -> None:
-        assert plan.layout is not None
-        shape = plan.layout.shape
+        shape = chunk.layout.shape
         # `query_rows` starts RING_ROWS before the chunk, so the rows before the event start here.
-        first = step.event.position - plan.start
+        first = compaction.event.position - chunk.start
         rows = query_rows[:, first : first + RING_ROWS].contiguous().numpy()
         begin = time.perf_counter()
-        compaction.compact(
-            state.numpy(), target.numpy(), rows, step.log_weight, (step.event, shape, step.ops),
-            seed=plan.seed, layer=self.layer, first_head=self.first_kv_head, scale=self.scale,
-            kernel=self.kernel or shape.kernel,
+        compact(
+            state.numpy(), target.numpy(), rows, compaction.log_weight,
+            (compaction.event, shape, compaction.ops), seed=chunk.seed, layer=self.layer,
+            first_head=self.first_kv_head, scale=self.scale, kernel=self.kernel or shape.kernel,
         )  # fmt: skip
         timing.add(time.perf_counter() - begin)
 
-    def _query_rows(self, queries: Tensor, kv_cache: Tensor, plan: SequencePlan) -> Tensor:
+    def _query_rows(self, queries: Tensor, kv_cache: Tensor, dense: DenseChunk) -> Tensor:
         """Query rows of positions [start - RING_ROWS, stop), fp32 [KV heads, ..., d].
 
-        The heads of a group take turns over an event's rows.  Rows before `start` come from the
-        ring if the next event scores with them, else they are 0.
+        The query heads of a KV head take turns over an event's rows.  Rows before `start` come from
+        the ring if the next event scores with them, else they are 0.
         """
-        count = plan.stop - plan.start
-        query_rows = torch.zeros(self.kv_heads, RING_ROWS + count, self.size)
-        if plan.layout is None or not plan.layout.shape.ring:
+        layout, start, stop = dense.chunk.layout, dense.chunk.start, dense.chunk.stop
+        query_rows = torch.zeros(self.kv_heads, RING_ROWS + stop - start, self.size)
+        if not layout.shape.ring:
             return query_rows
-        turns = torch.from_numpy(ring_rows(plan.layout, plan.start, plan.stop)) % self.group
-        rows = queries[torch.arange(count), :, turns].to(kv_cache.dtype)
+        turns = torch.from_numpy(layout.ring_row(np.arange(start, stop))) % self.group_size
+        rows = queries[torch.arange(stop - start), :, turns].to(kv_cache.dtype)
         query_rows[:, RING_ROWS:] = rows.transpose(0, 1).float()
-        shape = plan.layout.shape
-        kept = plan.start - (plan.layout.next_event_position(plan.start) - RING_ROWS)
+        kept = _rows_kept(layout, start)
         if kept > 0:
-            slot = shape.slots - shape.ring
-            ring = self._read(kv_cache, plan.blocks, slot, shape.slots)
+            ring = self._read(kv_cache, dense.blocks, layout.ring_start, layout.shape.slots)
             ring = ring.reshape(self.kv_heads, RING_ROWS, self.size)
             query_rows[:, RING_ROWS - kept : RING_ROWS] = ring[:, :kept]
         return query_rows
 
-    def _keep_query_rows(self, query_rows: Tensor, kv_cache: Tensor, plan: SequencePlan) -> None:
+    def _keep_query_rows(self, query_rows: Tensor, kv_cache: Tensor, dense: DenseChunk) -> None:
         """Store the rows that the event after this step will need."""
-        if plan.layout is None or not plan.layout.shape.ring:
-            return
-        shape = plan.layout.shape
-        kept = plan.stop - (plan.layout.next_event_position(plan.stop) - RING_ROWS)
+        layout, start, stop = dense.chunk.layout, dense.chunk.start, dense.chunk.stop
+        kept = _rows_kept(layout, stop)
         if kept <= 0:
             return
         ring = torch.zeros(self.kv_heads, RING_ROWS, self.size)
-        stop = RING_ROWS + plan.stop - plan.start
-        ring[:, :kept] = query_rows[:, stop - kept : stop]
-        slot = shape.slots - shape.ring
-        rows = ring.reshape(self.kv_heads, shape.ring, 2 * self.size)
-        self._write(kv_cache, plan.blocks, slot, rows)
+        end = RING_ROWS + stop - start
+        ring[:, :kept] = query_rows[:, end - kept : end]
+        rows = ring.reshape(self.kv_heads, layout.shape.ring, 2 * self.size)
+        self._write(kv_cache, dense.blocks, layout.ring_start, rows)
 
     def _read(self, kv_cache: Tensor, blocks: np.ndarray, start: int, stop: int) -> Tensor:
         """Slots [start, stop) of a request as fp32 [KV heads, stop - start, 2 d]."""
@@ -190,3 +186,8 @@ class CpuPath:
                 :, slot - start : slot - start + length
             ]
             slot += length
+
+
+def _rows_kept(layout: Layout, tokens: int) -> int:
+    """Rows that the ring holds when `tokens` tokens are stored; at most 0: none."""
+    return layout.ring_row(tokens - 1) + 1

@@ -15,17 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from express_vllm.layout import EXACT_SHAPE, RING_ROWS, Layout, layout_for
+from express_vllm.layout import Layout
 
 from ..kernels.constants import MAX_SEGMENTS
 from ..kernels.decode import ring_word, segment_steps
-from ..kernels.span import Chunk
 from ..kernels.upload import upload
 
 if TYPE_CHECKING:
     from express_vllm.budget import Budget
 
-#: 32-bit words of a request: live slots, ring row, segment starts and steps.
+#: 32-bit words of a request: live slots, ring row, segment starts and rises.
 WORDS = 2 + 2 * MAX_SEGMENTS
 
 
@@ -45,19 +44,19 @@ class DecodeTables:
     live: Tensor  # int32 [count]
     ring: Tensor  # int32 [count]
     starts: Tensor  # int32 [count, MAX_SEGMENTS]
-    steps: Tensor  # fp32 [count, MAX_SEGMENTS]
+    rises: Tensor  # fp32 [count, MAX_SEGMENTS], of log2 weights
 
     @classmethod
     def of(cls, words: Tensor, count: int) -> DecodeTables:
         """Cut `words`, int32 [words_of(count)].  A graph captured for `count` finds the same views,
         every one of them aligned to 16 bytes."""
-        starts, steps, live, ring = words.view(-1, aligned(count)).split(
+        starts, rises, live, ring = words.view(-1, aligned(count)).split(
             [MAX_SEGMENTS] * 2 + [1, 1]
         )
         shape = (-1, MAX_SEGMENTS)
         return cls(
             count, live[0, :count], ring[0, :count], starts.view(shape)[:count],
-            steps.view(torch.float32).view(shape)[:count],
+            rises.view(torch.float32).view(shape)[:count],
         )  # fmt: skip
 
 
@@ -69,49 +68,40 @@ class DecodeRows:
         self._wide = wide
         self._device_words = torch.zeros(words_of(requests), dtype=torch.int32, device=device)
         self._names: list[str | None] = [None] * requests
-        self._budgets: list[Budget | None] = [None] * requests
+        self._budgets: list[Budget | None] = [None] * requests  # None: never used
         # Valid for positions [event, until): live slots = position + shift.
-        self._event, self._until, self._shift, self._ring_from, self._ring_slot = np.zeros(
+        self._event, self._until, self._shift, self._ring_from, self._ring_start = np.zeros(
             (5, requests), np.int64
         )
         self._starts = np.zeros((requests, MAX_SEGMENTS), np.int32)
-        self._steps = np.zeros((requests, MAX_SEGMENTS), np.float32)
+        self._rises = np.zeros((requests, MAX_SEGMENTS), np.float32)
 
     def update(
         self,
         index: np.ndarray,
         names: Sequence[str],
-        budgets: Sequence[Budget | None],
+        budgets: Sequence[Budget],
         positions: np.ndarray,
-    ) -> list[Chunk]:
-        """Renew the rows of requests `index` whose next token is at `positions`.
+    ) -> np.ndarray:
+        """Renew the rows of requests `index` [D], the first ones of those with `names` and
+        `budgets`, whose next tokens are at `positions` [D].
 
-        -> what must be compacted before it: chunks that name the batch row.
+        -> position of each request's last event, that before this token included, int64 [D].
         """
         outside = (positions < self._event[index]) | (positions >= self._until[index])
         for r, i in enumerate(index.tolist()):
             if outside[r] or self._names[i] != names[r] or not same(self._budgets[i], budgets[r]):
                 self._names[i], self._budgets[i] = names[r], budgets[r]
-                self._renew(i, layout_of(budgets[r], self._wide), int(positions[r]))
-        due = []
-        for r in np.flatnonzero(positions == self._event[index]).tolist():
-            budget, position = budgets[r], int(positions[r])
-            if budget is not None and (layout := budget.layout_in(self._wide)) is not None:
-                due.append(Chunk(layout, position, position + 1, row=r, seed=budget.seed))
-        return due
+                self._renew(i, budgets[r].layout_in(self._wide), int(positions[r]))
+        return self._event[index]
 
     def _renew(self, i: int, layout: Layout, position: int) -> None:
-        done = layout.events_done(position + 1)
-        shape = layout.shape
-        self._event[i] = layout.event(done - 1).position if done else -1
+        self._event[i] = layout.last_event_position(position + 1)
         self._until[i] = layout.next_event_position(position + 1)
         self._shift[i] = layout.live(position + 1) - position
-        if shape.ring:
-            self._ring_from[i] = self._until[i] - RING_ROWS
-            self._ring_slot[i] = shape.slots - shape.ring
-        else:
-            self._ring_from[i] = np.iinfo(np.int64).max
-        self._starts[i], self._steps[i] = segment_steps(layout.segments(position + 1))
+        self._ring_from[i] = layout.ring_from(position + 1)
+        self._ring_start[i] = layout.ring_start
+        self._starts[i], self._rises[i] = segment_steps(layout.segments(position + 1))
 
     def tables(self, index: np.ndarray, stops: np.ndarray, count: int) -> DecodeTables:
         """Copy the rows of requests `index`, which then hold `stops` tokens; padded to `count`."""
@@ -120,10 +110,10 @@ class DecodeRows:
         real, positions = len(index), stops - 1
         here.live.numpy()[:real] = positions + self._shift[index]
         row = positions - self._ring_from[index]
-        word = ring_word(self._ring_slot[index], row)
+        word = ring_word(self._ring_start[index], row)
         here.ring.numpy()[:real] = np.where(row >= 0, word, -1)
         here.starts.numpy()[:real] = self._starts[index]
-        here.steps.numpy()[:real] = self._steps[index]
+        here.rises.numpy()[:real] = self._rises[index]
         device_words = self._device_words[: len(words)]
         upload(words, device_words)
         return DecodeTables.of(device_words, count)
@@ -134,11 +124,6 @@ class DecodeRows:
         return DecodeTables.of(device_words.zero_(), count)
 
 
-def same(one: Budget | None, other: Budget | None) -> bool:
+def same(one: Budget | None, other: Budget) -> bool:
     """Whether budgets are equal; mostly they are one object, and comparing fields takes long."""
     return one is other or one == other
-
-
-def layout_of(budget: Budget | None, wide: bool) -> Layout:
-    """A request's layout; without a budget one that never reaches an event."""
-    return (budget and budget.layout_in(wide)) or layout_for(EXACT_SHAPE)

@@ -13,29 +13,27 @@ from .memory import EngineMemory
 from .path import GpuPath
 
 if TYPE_CHECKING:
-    from ..attention import ExpressImpl
+    from ..device import Layer
 
 
-class Device:
-    def __init__(self, impl: ExpressImpl, vllm_config: Any) -> None:
-        self.impl = impl
+class GpuDevice:
+    def __init__(self, layer: Layer, vllm_config: Any) -> None:
+        self._layer = layer
         self.memory = EngineMemory.of(vllm_config)
         name, dtype = vllm_config.cache_config.cache_dtype, vllm_config.model_config.dtype
         itemsize = (dtype if name == "auto" else getattr(torch, name)).itemsize
-        group = impl.num_heads // impl.num_kv_heads
+        group_size = layer.num_heads // layer.num_kv_heads
         self.memory.make_room(
             Side(
-                Model(impl.head_size, group, itemsize, block_size=0), impl.num_kv_heads,
+                Model(layer.head_size, group_size, itemsize, block_size=0), layer.num_kv_heads,
                 self.memory.device,
             )
         )  # fmt: skip
-        self.scratch = self.memory.decode_scratch(impl.num_heads, impl.head_size)
+        self._scratch = self.memory.decode_scratch(layer.num_heads, layer.head_size)
 
     def reserve(self, query: Tensor) -> None:
-        """Take what a step may need, while memory is profiled."""
         if query.is_cuda:
             self.memory.reserve()
 
     def path(self, layer: int) -> GpuPath:
-        impl = self.impl
-        return GpuPath(layer, impl.first_kv_head, impl.scale, self.scratch)
+        return GpuPath(layer, self._layer.first_kv_head, self._layer.scale, self._scratch)

@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.attention.backend import (
@@ -23,21 +22,19 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
+from ..attention import layer_index
+from ..batch import Batch, Chunk
 from ..kernels.constants import QUERY_ROWS, Model
 from ..kernels.events import Kind
 from ..kernels.memory import Memory
 from ..kernels.plan import StepPlan
 from ..kernels.scratch import Side, chunks_fit, cut, decodes_fit
-from ..kernels.span import Chunk, Extent, Span
+from ..kernels.span import Extent, Span
 from ..kernels.step import compact_pages
 from ..pages import slot_pages
-from ..step import current_step, plain_batch
-from .decodes import DecodeRows, DecodeTables, layout_of
+from .decodes import DecodeRows, DecodeTables
 from .memory import EngineMemory
 from .timer import CompactionTimer
-
-if TYPE_CHECKING:
-    from express_vllm.budget import Budget
 
 
 @dataclass
@@ -70,10 +67,10 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
         self._timer = CompactionTimer(device)
 
     @cached_property
-    def layers(self) -> LayerGroup:
+    def layers(self) -> Layers:
         """Known once the caches are bound, which is after this builder is made."""
         context = self.vllm_config.compilation_config.static_forward_context
-        return LayerGroup.of([context[name] for name in self.layer_names])
+        return Layers.of([context[name] for name in self.layer_names])
 
     def build(
         self,
@@ -81,37 +78,23 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> ExpressMetadata:
-        common = common_attn_metadata
-        plain_batch(common_prefix_len, common)
-        table = common.block_table_tensor
-        step = current_step()
-        names = step.request_ids(common)
-        if not names:
-            single = common.max_query_len == 1
-            return ExpressMetadata(
-                table, self._rows.idle(common.num_reqs) if single else None, self._timer
-            )
-        budgets = step.of(names)
+        batch = Batch.of(common_prefix_len, common_attn_metadata, self.wide)
+        table, count = common_attn_metadata.block_table_tensor, common_attn_metadata.num_reqs
+        if not batch.names:
+            single = common_attn_metadata.max_query_len == 1
+            return ExpressMetadata(table, self._rows.idle(count) if single else None, self._timer)
         self.layers.memory.begin()
-        counts = np.diff(common.query_start_loc_cpu.numpy())[: len(names)]
-        stops = common.seq_lens_cpu_upper_bound.numpy()[: len(names)]
-        decodes = int(np.argmax(counts != 1)) if (counts != 1).any() else len(names)
-        due = self._rows.update(
-            common.req_idx[:decodes], names[:decodes], budgets[:decodes], stops[:decodes] - 1
-        )
+        decodes = _leading(batch)
+        index = common_attn_metadata.req_idx[:decodes]
+        last = self._rows.update(index, batch.names, batch.budgets, batch.starts[:decodes])
         self._timer.report()
+        due = batch.decodes[batch.due(last)].tolist()
         if due:
             with self._timer.span():
-                self._compact(due, table)
-        padded = decodes if decodes < len(names) else common.num_reqs
-        return ExpressMetadata(
-            table,
-            self._rows.tables(common.req_idx[:decodes], stops[:decodes], padded)
-            if padded
-            else None,
-            self._timer,
-            self._chunks(budgets, common.query_start_loc_cpu.tolist(), stops.tolist(), decodes),
-        )
+                self._compact([batch.chunk(r) for r in due], table)
+        padded = decodes if decodes < len(batch.names) else count
+        tables = self._rows.tables(index, batch.stops[:decodes], padded) if padded else None
+        return ExpressMetadata(table, tables, self._timer, self._chunks(batch))
 
     def _compact(self, due: Iterable[Chunk], table: Tensor) -> None:
         layers = self.layers
@@ -119,22 +102,16 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
         for plan in self._plans(spans, decodes_fit(layers.side, layers.memory.limit), 0):
             compact_pages(
                 plan, layers.cache, layers.offsets, layers.ids, table, layers.first_kv_head,
-                layers.scale, layers.group,
+                layers.scale, layers.group_size,
             )  # fmt: skip
 
-    def _chunks(
-        self, budgets: Sequence[Budget | None], firsts: list[int], stops: list[int], decodes: int
-    ) -> list[StepPlan]:
-        spans = []
-        for r in range(decodes, len(budgets)):
-            budget, count = budgets[r], firsts[r + 1] - firsts[r]
-            layout, seed = layout_of(budget, self.wide), budget.seed if budget else 0
-            spans.append(Span.of(Chunk(layout, stops[r] - count, stops[r], firsts[r], r, seed)))
+    def _chunks(self, batch: Batch) -> list[StepPlan]:
+        spans = [Span.of(batch.chunk(r)) for r in batch.chunks.tolist()]
         if not spans:
             return []
         layers = self.layers
         return self._plans(
-            spans, chunks_fit(layers.side, layers.memory.limit), QUERY_ROWS // layers.group
+            spans, chunks_fit(layers.side, layers.memory.limit), QUERY_ROWS // layers.group_size
         )
 
     def _plans(
@@ -147,28 +124,34 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
         ]
 
 
+def _leading(batch: Batch) -> int:
+    """How many decodes there are.  Raises NotImplementedError if a chunk comes before one: Model
+    Runner V2 sorts its batches."""
+    count = len(batch.decodes)
+    if count and batch.decodes[-1] >= count:
+        raise NotImplementedError("express runs no batch whose decodes do not come first")
+    return count
+
+
 @dataclass
-class LayerGroup:
+class Layers:
     """The layers of one builder: their pages as offsets from the first one's."""
 
     cache: Tensor  # [blocks, KV heads, slots of a page, 2 d] of the first layer
     offsets: Tensor  # int64 [L], elements
     ids: Tensor  # int64 [L], global layer indices
-    count: int
     kv_heads: int
-    group: int
+    group_size: int  # query heads of a KV head
     first_kv_head: int
     scale: float
     memory: EngineMemory
 
     @property
     def side(self) -> Side:
-        return Side(Model.of(self.cache, self.group), self.kv_heads, self.cache.device)
+        return Side(Model.of(self.cache, self.group_size), self.kv_heads, self.cache.device)
 
     @classmethod
-    def of(cls, layers: Sequence[Any]) -> LayerGroup:
-        from ..attention import layer_index
-
+    def of(cls, layers: Sequence[Any]) -> Layers:
         impl = layers[0].impl
         cache = slot_pages(layers[0].kv_cache, impl.num_kv_heads)
         starts = [layer.kv_cache.data_ptr() - cache.data_ptr() for layer in layers]
@@ -176,7 +159,7 @@ class LayerGroup:
         ids = [layer_index(layer.layer_name) for layer in layers]
         return cls(
             cache, torch.tensor(offsets, dtype=torch.int64).to(cache.device),
-            torch.tensor(ids, dtype=torch.int64).to(cache.device), len(layers), impl.num_kv_heads,
+            torch.tensor(ids, dtype=torch.int64).to(cache.device), impl.num_kv_heads,
             impl.num_heads // impl.num_kv_heads, impl.first_kv_head, impl.scale,
             impl._device.memory,
         )  # fmt: skip

@@ -46,7 +46,7 @@ class GpuPath:
                 decodes.ring,
             )  # fmt: skip
             decode_attention(
-                query[rows], kv_cache, plan.table, decodes.live, decodes.starts, decodes.steps,
+                query[rows], kv_cache, plan.table, decodes.live, decodes.starts, decodes.rises,
                 self.scale, self.scratch, output[rows],
             )  # fmt: skip
         for chunk in plan.chunks:

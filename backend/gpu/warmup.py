@@ -12,7 +12,7 @@ from express_vllm.layout import EXACT_SHAPE, Shape, layout_for
 from express_vllm.settings import Settings
 
 from ..kernels import warm
-from .metadata import LayerGroup
+from .metadata import Layers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,12 +35,12 @@ def warm_up(vllm_config: VllmConfig, device: torch.device) -> None:
     start = time.monotonic()
     settings = Settings.of(vllm_config)
     shape = made_up(settings.config, settings.most_slots)
-    count = 64 if shape is EXACT_SHAPE else layout_for(shape).position(1)
+    count = 64 if shape.exact else layout_for(shape).position(1)
     for layer in {x.kv_cache.shape: x for x in found}.values():
-        layers = LayerGroup.of([layer])
+        layers = Layers.of([layer])
         _, kv_heads, block_size, width = layers.cache.shape
         warm.warm_up(
-            layout_for(shape), count, kv_heads, layers.group, width // 2, layers.cache.dtype,
+            layout_for(shape), count, kv_heads, layers.group_size, width // 2, layers.cache.dtype,
             block_size, device,
         )  # fmt: skip
     torch.accelerator.synchronize()

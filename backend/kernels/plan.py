@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..batch import Chunk
 from .arguments import Tables
 from .constants import QUERY_ROWS
 from .events import Kind
 from .memory import Memory
-from .span import Chunk, Extent, Span
+from .span import Extent, Span
 from .upload import to_device
 from .writer import Writer
 

@@ -6,26 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from express_vllm.layout import Event, Layout
+from express_vllm.layout import Event
 
+from ..batch import Chunk
 from . import tables
 from .events import ROWS, EventRows, Kind, round_width
 
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
-
-
-@dataclass
-class Chunk:
-    """Tokens [start, stop) of a request: batch rows from `token` on, block-table row `row`."""
-
-    layout: Layout
-    start: int
-    stop: int
-    token: int = 0
-    row: int = 0
-    seed: int = 0
 
 
 class Extent(NamedTuple):

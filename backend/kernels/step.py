@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..batch import Chunk
 from .arguments import Pages, Source
 from .constants import Model
 from .dense import chunk_source
@@ -20,7 +21,7 @@ from .plan import StepPlan
 from .prefill import attend_chunks
 from .scores import score_recent
 from .scratch import Compaction, Side, Tuning
-from .span import Chunk, Extent, Span
+from .span import Extent, Span
 from .state import store_state
 from .work import compact
 

@@ -8,8 +8,9 @@ import torch
 
 from express_vllm.layout import Layout
 
+from ..batch import Chunk
 from .plan import StepPlan
-from .span import Chunk, cdiv
+from .span import cdiv
 from .step import compact_pages, run_chunks
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,6 +90,7 @@ class ExpressCache:
     def _run_cpu(
         self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, batch: int, length: int
     ) -> None:
+        from express_vllm.backend.batch import Batch
         from express_vllm.backend.cpu.metadata import plan_batch
         from express_vllm.backend.cpu.path import CpuPath
         from express_vllm.budget import Budget
@@ -99,8 +101,11 @@ class ExpressCache:
         plan = self.plans.get(
             (self.tokens, length, batch),
             lambda: plan_batch(
-                [budget] * batch, [i * length for i in range(batch + 1)],
-                [self.tokens + length] * batch, self.table.numpy(), CPU_BLOCK,
+                Batch(
+                    [], [budget] * batch, length * np.arange(batch + 1),
+                    np.full(batch, self.tokens + length),
+                ),
+                self.table.numpy(), CPU_BLOCK,
             ),
         )  # fmt: skip
         path = CpuPath(self.layer, 0, heads.kv, heads.group, heads.size, heads.scale)

@@ -7,6 +7,7 @@ import pytest
 import realdata
 import torch
 
+from express_vllm.backend.batch import Batch
 from express_vllm.backend.cpu.metadata import plan_batch
 from express_vllm.backend.cpu.path import CpuPath
 from express_vllm.budget import Budget
@@ -45,8 +46,10 @@ def express(queries, keys, values, shape, layer, kernel=None):
     budget = Budget("express", shape.slots, shape.slots, 0, "recent", shape.slots, shape)
     table = np.arange(blocks, dtype=np.int32)[None]
     output = torch.empty_like(queries)
-    path.forward(queries, keys, values, cache, plan_batch([budget], [0, tokens], [tokens], table,
-                                                          BLOCK_SIZE), output)  # fmt: skip
+    plan = plan_batch(
+        Batch([], [budget], np.array([0, tokens]), np.array([tokens])), table, BLOCK_SIZE
+    )
+    path.forward(queries, keys, values, cache, plan, output)
     return output
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import random_llama
 import torch
@@ -14,6 +15,7 @@ from budgets import resolve
 from engines import BLOCK, POOL, SUPPORT, request, run_engine
 from serving import serve
 
+from express_vllm.backend.batch import Batch
 from express_vllm.backend.cpu.metadata import plan_batch
 from express_vllm.backend.cpu.path import CpuPath
 from express_vllm.config import ServerConfig
@@ -221,7 +223,9 @@ def cpu_pages(batch, heads, first_head, fields):
     for length in [300, 150, *[1] * (total - 450)]:
         rows = slice(start, start + length)
         start += length
-        plan = plan_batch([budget], [0, length], [start], table, BLOCK)
+        plan = plan_batch(
+            Batch([], [budget], np.array([0, length]), np.array([start])), table, BLOCK
+        )
         path.forward(query[rows], key[rows], value[rows], cache, plan, output[rows])
     return cache, output
 

@@ -2,9 +2,11 @@
 
 import itertools
 
+import numpy as np
 import torch
 from budgets import resolve
 
+from express_vllm.backend.batch import Batch
 from express_vllm.backend.cpu.metadata import plan_batch
 from express_vllm.backend.cpu.path import CpuPath
 from express_vllm.config import ServerConfig
@@ -58,9 +60,9 @@ class Runner:
             starts.append(starts[-1] + count)
             stops.append(s.stored)
         query, key, value = (torch.cat([p[i] for p in parts]).to(self.dtype) for i in range(3))
-        plan = plan_batch(
-            [s.budget for s, _ in work], starts, stops, table.numpy(), self.block_size, self.wide
-        )
+        budgets = [s.budget for s, _ in work]
+        batch = Batch([], budgets, np.array(starts), np.array(stops), self.wide)
+        plan = plan_batch(batch, table.numpy(), self.block_size)
         output = torch.full(
             (starts[-1], KV_HEADS * GROUP, self.head_size), torch.nan, dtype=self.dtype
         )
@@ -70,7 +72,7 @@ class Runner:
     def slots(self, sequence):
         """The live rows of a sequence, [KV heads, live, 2 d]."""
         layout = sequence.budget.layout
-        live = layout.live(sequence.stored) if layout else sequence.stored
+        live = layout.live(sequence.stored)
         rows = self.cache[sequence.blocks].transpose(0, 1).flatten(1, 2)
         return rows[:, :live]
 

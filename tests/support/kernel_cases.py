@@ -73,10 +73,8 @@ class Runner:
         shape = self.layout.shape
         for n in self.stored:
             live.append(self.layout.live(n + 1))
-            upcoming = shape.first_event + self.layout.events_done(n + 1) * shape.interval
-            row = n - (upcoming - RING_ROWS)
-            kept = shape.ring and row >= 0
-            rings.append(decode.ring_word(shape.slots - shape.ring, row) if kept else -1)
+            row = self.layout.ring_row(n)
+            rings.append(decode.ring_word(self.layout.ring_start, row) if row >= 0 else -1)
             first, rise = decode.segment_steps(self.layout.segments(n + 1))
             starts.append(torch.from_numpy(first))
             steps.append(torch.from_numpy(rise))
@@ -571,7 +569,7 @@ def test_a_graph_of_a_decode_step_replays():
         for r, count in enumerate(counts):
             segments = layout.segments(count) if count else []
             live[r] = sum(s.length for s in segments)
-            ring[r] = decode.ring_word(layout.shape.slots - layout.shape.ring, r) if r % 2 else -1
+            ring[r] = decode.ring_word(layout.ring_start, r) if r % 2 else -1
             first, rise = decode.segment_steps(segments)
             starts[r], steps[r] = torch.from_numpy(first).to(DEVICE), torch.from_numpy(rise)
         output.fill_(torch.nan)

@@ -90,9 +90,7 @@ def serve(model_path, log, *arguments, headers=None, express=None):
             except subprocess.TimeoutExpired:
                 process.kill()
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(
-                    process.pid, signal.SIGKILL
-                )  # engines outlive a server
+                os.killpg(process.pid, signal.SIGKILL)  # engines outlive a server
 
 
 def _wait(client, process, log):

@@ -15,13 +15,14 @@ from budgets import settings as server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from express_vllm.backend.batch import Chunk
 from express_vllm.backend.kernels import scratch
 from express_vllm.backend.kernels.constants import Model
 from express_vllm.backend.kernels.events import Kind, RowCache, build, round_width, spread
 from express_vllm.backend.kernels.memory import Memory, Workspace
 from express_vllm.backend.kernels.plan import StepPlan
 from express_vllm.backend.kernels.scores import make_scores
-from express_vllm.backend.kernels.span import Chunk, Span
+from express_vllm.backend.kernels.span import Span
 from express_vllm.backend.kernels.work import make_work
 from express_vllm.config import ServerConfig
 from express_vllm.layout import DRAW, EXACT_SHAPE, PROFILES, Layout, layout_for, make_shape

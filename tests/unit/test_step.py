@@ -12,9 +12,11 @@ import torch
 from budgets import resolve
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from express_vllm.backend.step import IDLE, MissingBudget, Step, current_step, running
+from express_vllm.backend.batch import Batch, Chunk
+from express_vllm.backend.step import IDLE, MADE_UP, MissingBudget, Step, current_step, running
 from express_vllm.backend.worker import BudgetsMixin
 from express_vllm.config import ServerConfig
+from express_vllm.layout import EXACT_SHAPE
 from express_vllm.scheduler.scheduler import STEP_BUDGETS
 
 BUDGET = resolve(
@@ -55,15 +57,32 @@ def test_a_request_without_a_budget_raises(device):
 
 def test_dummy_batches_and_warm_ups_need_none():
     with running(IDLE):
-        assert IDLE.batch(BATCH) == [None, None]
-        assert not build("cpu").sequences
+        assert build("cpu").idle
     with running(step(None)):
-        assert current_step().batch(BATCH) == [None, None]
+        batch = Batch.of(0, BATCH, wide=False)
+    assert [batch.layout(r).shape for r in range(2)] == [EXACT_SHAPE] * 2
 
 
-def test_padding_has_no_budget():
-    padded = replace(BATCH, num_reqs=3)
-    assert step({"a": BUDGET, "b": BUDGET}).batch(padded) == [BUDGET, BUDGET, None]
+def test_padding_is_no_request():
+    padded = replace(
+        BATCH, num_reqs=3, query_start_loc_cpu=torch.tensor([0, 1, 2, 2], dtype=torch.int32),
+        seq_lens_cpu_upper_bound=torch.tensor([90, 7, 0], dtype=torch.int32),
+    )  # fmt: skip
+    with running(step({"a": BUDGET, "b": BUDGET})):
+        batch = Batch.of(0, padded, wide=False)
+    assert batch.budgets == [BUDGET, BUDGET] and batch.stops.tolist() == [90, 7]
+
+
+def test_decodes_chunks_and_events_that_are_due():
+    """At every position of every request, alone and together: as the layout says."""
+    first = BUDGET.layout.position(0)
+    counts, starts = [1, 40, 1, 1, 2], np.array([first, 0, first + 1, 50, first])
+    rows = np.cumsum([0, *counts])
+    batch = Batch("abcde", [BUDGET] * 5, rows, starts + counts)
+    assert batch.decodes.tolist() == [0, 2, 3] and batch.chunks.tolist() == [1, 4]
+    last = [BUDGET.layout.last_event_position(n + 1) for n in starts[batch.decodes].tolist()]
+    assert batch.due(np.array(last)).tolist() == [True, False, False]
+    assert batch.chunk(4) == Chunk(BUDGET.layout, first, first + 2, int(rows[4]), 4, BUDGET.seed)
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
@@ -112,14 +131,14 @@ def test_a_step_of_another_scheduler_raises():
     with pytest.raises(MissingBudget, match="scheduler is not express's"):
         Worker().execute_model(SimpleNamespace())
     output = SimpleNamespace(**{STEP_BUDGETS: {"a": BUDGET, "b": BUDGET}})
-    assert Worker().execute_model(output).step.batch(BATCH) == [BUDGET, BUDGET]
+    assert Worker().execute_model(output).step.of(["a", "b"]) == [BUDGET, BUDGET]
 
 
 def test_the_worker_announces_what_is_not_a_request():
     """vLLM's warm-up executes requests of its own, without a scheduler."""
     worker = Worker()
     around, inside = worker.compile_or_warm_up_model()
-    assert around is IDLE and inside.batch(BATCH) == [None, None]
+    assert around is IDLE and inside.of(["a", "b"]) == [MADE_UP, MADE_UP]
     worker.execute_dummy_batch()
     assert worker.dummy is IDLE
     with pytest.raises(MissingBudget):
