@@ -36,7 +36,7 @@ test-ops: model  ## run the tests that need Debian's chromium and prometheus, or
 	@$(PYTHON) deploy/setup.py lint-deploy
 	.venv/bin/python -m pytest -m ops $(TESTS)
 
-bench: model  ## measure quality against other caches, a small version (docs/results.md)
+bench: model  ## measure quality against other caches, a small version
 	.venv/bin/python -m bench.quality small
 
 lint: setup  ## check style and types

@@ -22,12 +22,12 @@ from typing import Any
 from .record import save, table
 
 TOKENS = 160
-#: (name, context, extra_args); the first of each context is what express is compared on.
+#: (what, context, extra_args); the first of each context is what express is compared on.
 CASES: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("512", 512, {"express_memory_tokens": 1024}),
-    ("7500, 1,024 slots", 7500, {"express_memory_tokens": 1024}),
-    ("7500, 512 slots", 7500, {"express_memory_tokens": 512}),
-    ("7500, 2,048 slots", 7500, {"express_memory_tokens": 2048}),
+    ("7500, 1,024 tokens", 7500, {"express_memory_tokens": 1024}),
+    ("7500, 512 tokens", 7500, {"express_memory_tokens": 512}),
+    ("7500, 2,048 tokens", 7500, {"express_memory_tokens": 2048}),
     ("7500, exact", 7500, {"express_mode": "exact"}),
 )
 
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="torch.compile, as vllm serve does")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--name", default="cpu", help="of the file in bench/results/speed/")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -127,8 +128,7 @@ def main() -> None:
         rounds.append({name: _in_process(name, options) for name in ("CPU_ATTN", "express")})
     result = rows(rounds)
     print(table(result))
-    name = f"cpu-{options.dtype}" + ("-compiled" if options.compile else "")
-    path = save(name, result, model="SmolLM2-135M-Instruct", dtype=options.dtype,
+    path = save(f"speed/{options.name}", result, model="SmolLM2-135M-Instruct", dtype=options.dtype,
                 compiled=options.compile, rounds=rounds)  # fmt: skip
     print(path)
 

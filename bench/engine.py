@@ -160,9 +160,16 @@ def prompts(backend: str, options: argparse.Namespace) -> list[int]:
     return options.lengths + (options.more_lengths if backend == "express" else [])
 
 
+def ordinary_slots(options: argparse.Namespace) -> int:
+    """Of a layer that is not wide; the memory is the mean over all layers."""
+    layers = int(SHAPES[options.shape]["num_hidden_layers"])
+    more = len(options.wide_layers) * (ServerConfig.wide_factor - 1)
+    return options.memory * layers // (layers + more)
+
+
 def fitting(engine: Engine, backend: str, output: int, options: argparse.Namespace) -> int:
     """Requests whose whole length fits."""
-    each = options.memory if backend == "express" else PROMPT + output
+    each = ordinary_slots(options) if backend == "express" else PROMPT + output
     return min(options.max_num_seqs, engine.slots() // each)
 
 
@@ -241,7 +248,8 @@ def measured_lengths(
     last -= requests * last // options.batched_tokens
     if backend == "express":
         wide = ServerConfig.wide_factor if options.wide_layers else 1
-        past = (options.memory * 5 // 4, options.memory * 2, options.memory * wide * 5 // 4)
+        slots = ordinary_slots(options)
+        past = (slots * 5 // 4, slots * 2, slots * wide * 5 // 4)
         return sorted({PROMPT, *(min(last, length) for length in past)})
     return [PROMPT, (PROMPT + last) // 2, last]
 
@@ -282,7 +290,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--max-num-seqs", type=int, default=256, help="requests at once, at most")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
-    parser.add_argument("--name", default="engine", help="of the file in bench/results")
+    parser.add_argument("--name", default="engine", help="of the file in bench/results/speed/")
     parser.add_argument("--backends", nargs="*", default=BACKENDS)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
@@ -302,7 +310,7 @@ def main() -> None:
     for backend in options.backends:
         rows.append(in_process(backend))
         hardware = record.hardware(options.tensor_parallel_size)
-        path = record.save(options.name, rows, hardware=hardware)
+        path = record.save(f"speed/{options.name}", rows, hardware=hardware)
     print(record.table(transposed(rows)))
     print(f"stored in {path}")
 

@@ -133,7 +133,11 @@ def main() -> None:
     rows = [min(found, key=lambda x: x["ms a step"]) for found in zip(*rounds, strict=True)]
     shown = [{k: f"{v:.3g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows]
     print(record.table(shown))
-    print(record.save(options.name, rows, what="launches included" if CUDA else "planning only"))
+    print(
+        record.save(
+            f"speed/{options.name}", rows, what="launches included" if CUDA else "planning only"
+        )
+    )
 
 
 if __name__ == "__main__":

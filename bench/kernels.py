@@ -105,7 +105,7 @@ class Prefill:
                 states.append((source, step.identity_lists(s)))
                 continue
             scores = step.score_recent(s, query, self.cache, source, 1, SCALE, GROUP)
-            model = step.model_of(self.cache, GROUP)
+            model = step.Model.of(self.cache, GROUP)
             lists, _ = step.compact(
                 s, scores, source, KV_HEADS, model, s.zero, 0, SCALE, tuning=tuning
             )
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--teams", default="1x8,4x8", help="programs x warps of `events`")
     parser.add_argument("--part", type=int, help="tokens of a part, if not the whole prompt")
     parser.add_argument("--no-exact", action="store_true", help="only Express's own rows")
-    parser.add_argument("--name", default="kernels", help="of the file in bench/results/")
+    parser.add_argument("--name", default="kernels", help="of the file in bench/results/speed/")
     options = parser.parse_args()
     torch.manual_seed(0)
     wanted = options.only.split(",")
@@ -337,7 +337,7 @@ def main() -> None:
         del batch
     print()
     print(record.table([{k: shown(v) for k, v in found.items()} for found in rows]))
-    print(record.save(options.name, rows))
+    print(record.save(f"speed/{options.name}", rows))
 
 
 if __name__ == "__main__":

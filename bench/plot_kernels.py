@@ -1,6 +1,6 @@
 """Time of causal prefill attention against the prompt's length, from `bench.kernels`' results.
 
-`python -m bench.plot_kernels [results.json]` writes bench/results/kernels.png and .svg.
+`python -m bench.plot_kernels [results.json]` writes bench/results/speed/kernels.png.
 """
 
 from __future__ import annotations
@@ -73,9 +73,8 @@ def draw(path: Path) -> None:
     )
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
     axes.legend(fontsize=8, frameon=False)
-    for suffix in ("png", "svg"):
-        figure.savefig(RESULTS / f"kernels.{suffix}", dpi=150)
+    figure.savefig(RESULTS / "speed" / "kernels.png", dpi=150)
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "kernels.json")
+    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "speed" / "kernels.json")

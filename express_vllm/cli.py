@@ -13,6 +13,9 @@ from .config import ServerConfig
 from .conflicts import CONFLICTS, LAYER_CONFLICTS, matrix
 from .plugin import BACKEND_NAME, SUPPORTED_VLLM, untested_vllm
 
+#: Whose versions a report of a fault needs.
+PACKAGES = ("express-vllm", "vllm", "torch", "numba", "triton", "fastapi", "uvicorn")
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="express-vllm", description=__doc__)
@@ -33,7 +36,7 @@ def doctor() -> int:
     """Print the report; 0 if express can be served on this machine."""
     checks: list[tuple[str, Callable[[], str]]] = [
         ("python", lambda: f"{machine.python_version()} on {machine.platform()}"),
-        *[(name, _version(name)) for name in ("express-vllm", "vllm", "torch", "numba", "triton")],
+        *[(name, _version(name)) for name in PACKAGES],
         ("vllm is supported", _supported),
         ("platform", _platform),
         ("backend registered", _registered),

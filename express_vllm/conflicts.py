@@ -312,25 +312,33 @@ def refuse_layer(found: Iterable[str]) -> None:
         )
 
 
-NOTES = """Works, and is tested: chunked prefill, preemption, abort, streaming, mixed budgets and
-exact requests in one batch, float32, bfloat16 and float16 caches of the model's own type, odd head
-sizes on CPUs; tensor, pipeline and data parallelism ([operations.md](operations.md#more-than-one-gpu)).
-On NVIDIA GPUs this was tried on one and on two H100s and H200s.
+NOTES = """## What works
 
-Tested on CPUs, not tried on GPUs yet: structured output; LoRA.
+Tested: chunked prefill, preemption, abort, streaming, mixed budgets and exact requests in one
+batch. Caches of the model's own type work in float32, bfloat16 and float16, and odd head sizes work
+on CPUs. Tensor, pipeline and data parallelism work, too
+([operations.md](operations.md#more-than-one-gpu)).
+On GPUs all this was tried on one and on two NVIDIA H100s and H200s.
+
+Tested on CPUs and on GPUs: structured output. Tested on CPUs, and not tried on GPUs yet: LoRA.
 
 ## When vLLM does not know `express`
 
 «Unknown attention backend: 'EXPRESS'» means that vLLM did not load the plugin. A line before it,
-`express: --attention-backend express is off: ...`, says why: vLLM is not VERSION.*, or it chose
-another platform (`VLLM_TARGET_DEVICE` is set, which leaves out every plugin's platform; or the
-device is neither a CPU nor NVIDIA's). Without that line `VLLM_PLUGINS` is set and does not name
-`express`: nothing of it was loaded that could say so. `express-vllm doctor` tells them apart.
+`express: --attention-backend express is off: ...`, says why:
+
+- vLLM is not VERSION.*;
+- vLLM chose another platform because `VLLM_TARGET_DEVICE` is set, which leaves out every plugin's
+  platform;
+- the device is neither a CPU nor NVIDIA's.
+
+Without that line, `VLLM_PLUGINS` is set and does not name `express`: nothing of it was loaded that
+could say so. `express-vllm doctor` tells these cases apart.
 
 ## Faults of vLLM itself
 
-Of vLLM VERSION on CPUs.
-"""  # noqa: E501
+These are of vLLM VERSION on CPUs.
+"""
 #: What a request meets: in vLLM alone, with express.
 VLLM_FAULTS = (
     (
@@ -356,9 +364,7 @@ VLLM_FAULTS = (
         "500 for this request",
     ),
 )
-TRIED = """Some 120 odd requests were sent to a server with express: sampling parameters at and past
-their limits, empty prompts, prompts of the maximal length, bad token ids, stop lists, echo, prompt
-log-probabilities over several chunks, grammars, schemas. None ended or blocked the engine."""
+TRIED = "[verification.md](verification.md#odd-requests) says which odd requests were tried."
 
 
 def matrix() -> str:
@@ -366,14 +372,17 @@ def matrix() -> str:
     lines = [
         "# What does not work together with express",
         "",
-        "Each of these stops the server at start-up with its reason; nothing falls back silently.",
+        "Each of these features stops the server at start-up, with its reason. Nothing falls back",
+        "silently.",
         "This page is printed by `express-vllm conflicts` from the table that does the refusing.",
         "",
         "| feature | why | what to do |",
         "| --- | --- | --- |",
         *[f"| {c.feature} | {c.reason} | {c.remedy} |" for c in CONFLICTS],
         "",
-        "A model is refused if one of its attention layers has:",
+        "## Layers of a model",
+        "",
+        "A model is refused if one of its attention layers has one of these:",
         "",
         "| feature | why |",
         "| --- | --- |",

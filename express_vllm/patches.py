@@ -12,6 +12,7 @@ from typing import Any
 
 from .conflicts import PREFIX_CACHING_ASKED
 from .edge import admit
+from .server.batch import budgets_in
 from .settings import Settings, chosen
 
 #: Set on what was put in place of vLLM's own.
@@ -91,8 +92,6 @@ def cut_messages_before_cleaning() -> None:
 
 def budgets_in_batches() -> None:
     """Have every line of `vllm run-batch` go through `batch.answer`."""
-    from .server.batch import budgets_in
-
     for name in BATCH_RUNNERS:
         module = sys.modules.get(name)
         if hasattr(module, "BatchRequestInput") and hasattr(module, "run_request"):

@@ -1,10 +1,10 @@
 """Wide layers: the few layers that find old tokens again hold more slots than the others.
 
 What a small cache costs is not spread evenly: in the model that was measured one of 30 layers
-causes a quarter of the loss, and three together nearly half of it (docs/evidence.md).  Heads that
-retrieve old tokens are few in every model of arXiv 2404.15574, too.  A wide layer holds `factor`
-times the slots of an ordinary one.  Its page has `factor` times the bytes, so that one block table
-serves all layers; a request's memory counts all of them (kvsize.py).
+causes a quarter of the loss, and three together nearly half of it (docs/results/layers.md).  Heads
+that retrieve old tokens are few in every model of arXiv 2404.15574, too.  A wide layer holds
+`factor` times the slots of an ordinary one.  Its page has `factor` times the bytes, so that one
+block table serves all layers; a request's memory counts all of them (kvsize.py).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Wide(NamedTuple):
     factor: int
 
 
-#: Found with `python -m bench.quality sweep --axes layers wide` (docs/evidence.md).
+#: Found with `python -m bench.quality sweep --axes layers wide` (docs/results/layers.md).
 MEASURED = {
     ModelShape("llama", 30, 576, 9, 3, 49152): Wide((18, 20, 23), 4),  # SmolLM2-135M
 }

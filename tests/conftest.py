@@ -1,9 +1,11 @@
-"""Shared fixtures: the small model and one real server for the HTTP tests."""
+"""Shared fixtures: the models, the real text, and one real server for the HTTP tests."""
 
 from __future__ import annotations
 
+import models
 import pytest
 import realdata
+import torch
 from serving import serve
 
 from express_vllm import smallmodel
@@ -31,8 +33,28 @@ def small_config(model_path):
 
 
 @pytest.fixture(scope="session")
-def server(model_path, tmp_path_factory):
-    """`vllm serve ... --attention-backend express` with the small model, and every route."""
+def quick(tmp_path_factory):
+    """The model of tests that are not about one: random on a CPU, the small one on a GPU."""
+    if torch.cuda.is_available():
+        return models.small()
+    return models.random(tmp_path_factory.mktemp("random-model"))
+
+
+@pytest.fixture(scope="session")
+def server(quick, tmp_path_factory):
+    """`vllm serve ... --attention-backend express`, and every route."""
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    with serve(model_path, log, "--enable-scale-out", "--enable-prompt-embeds") as running:
+    with every_route(quick, log) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def small_server(tmp_path_factory):
+    """The same with the small model."""
+    with every_route(models.small(), tmp_path_factory.mktemp("small-server") / "log") as running:
+        yield running
+
+
+def every_route(model, log):
+    more = ("--enable-scale-out", "--enable-prompt-embeds", "--dtype", "bfloat16")
+    return serve(model.path, log, *more, express=model.wide)

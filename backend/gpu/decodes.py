@@ -17,8 +17,9 @@ from torch import Tensor
 
 from express_vllm.layout import Layout
 
-from ..kernels.decode import MAX_SEGMENTS, ring_word, segment_steps
-from ..kernels.plan import upload
+from ..kernels.constants import MAX_SEGMENTS
+from ..kernels.decode import ring_word, segment_steps
+from ..kernels.upload import upload
 
 if TYPE_CHECKING:
     from express_vllm.budget import Budget

@@ -24,11 +24,13 @@ from vllm.v1.attention.backend import (
 
 from ..attention import layer_index
 from ..batch import Batch, Chunk
-from ..kernels.constants import QUERY_ROWS
+from ..kernels.constants import QUERY_ROWS, Model
+from ..kernels.events import Kind
 from ..kernels.memory import Memory
-from ..kernels.plan import Extent, Kind, Span, StepPlan
+from ..kernels.plan import StepPlan
 from ..kernels.scratch import Side, chunks_fit, cut, decodes_fit
-from ..kernels.step import compact_pages, model_of
+from ..kernels.span import Extent, Span
+from ..kernels.step import compact_pages
 from ..pages import slot_pages
 from .decodes import DecodeRows, DecodeTables
 from .memory import EngineMemory
@@ -146,7 +148,7 @@ class Layers:
 
     @property
     def side(self) -> Side:
-        return Side(model_of(self.cache, self.group_size), self.kv_heads, self.cache.device)
+        return Side(Model.of(self.cache, self.group_size), self.kv_heads, self.cache.device)
 
     @classmethod
     def of(cls, layers: Sequence[Any]) -> Layers:

@@ -11,7 +11,7 @@ import torch
 from express_vllm.layout import EXACT_SHAPE, Shape, layout_for
 from express_vllm.settings import Settings
 
-from ..kernels import step
+from ..kernels import warm
 from .metadata import Layers
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def warm_up(vllm_config: VllmConfig, device: torch.device) -> None:
     for layer in {x.kv_cache.shape: x for x in found}.values():
         layers = Layers.of([layer])
         _, kv_heads, block_size, width = layers.cache.shape
-        step.warm_up(
+        warm.warm_up(
             layout_for(shape), count, kv_heads, layers.group_size, width // 2, layers.cache.dtype,
             block_size, device,
         )  # fmt: skip

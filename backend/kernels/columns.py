@@ -1,66 +1,37 @@
-"""The columns of `tables.py` as the kernels name them."""
+"""The records of `tables.py` as the kernels see them: offsets in words from a record's first one.
+
+`tl.load(request + REQUEST.old)` reads a field, record i begins at `i * REQUEST.words`.
+"""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import triton.language as tl
 
 from . import tables
 
-REQUEST, EVENT, OP, TILE = (
-    tl.constexpr(n) for n in (tables.REQUEST, tables.EVENT, tables.OP, tables.TILE)
-)
 
-# A step's requests.
-INSTANCE, EVENTS, OLD, SHIFT, TOKEN, DENSE = (
-    tl.constexpr(n)
-    for n in (
-        tables.INSTANCE, tables.EVENTS, tables.OLD, tables.SHIFT, tables.TOKEN, tables.DENSE,
-    )
-)  # fmt: skip
-SEED_LOW, SEED_HIGH, TABLE, LIST, WIDTH, KNOWN = (
-    tl.constexpr(n)
-    for n in (
-        tables.SEED_LOW, tables.SEED_HIGH, tables.TABLE, tables.LIST, tables.WIDTH, tables.KNOWN,
-    )
-)  # fmt: skip
-FINAL_STORED, FINAL_LIVE, STOP, RING, RING_FROM = (
-    tl.constexpr(n)
-    for n in (
-        tables.FINAL_STORED, tables.FINAL_LIVE, tables.STOP, tables.RING, tables.RING_FROM,
-    )
-)  # fmt: skip
-# Their events.
-POSITION, STORED, INCOMING, LIVE, AFTER = (
-    tl.constexpr(n)
-    for n in (tables.POSITION, tables.STORED, tables.INCOMING, tables.LIVE, tables.AFTER)
+class Record(tl.constexpr):
+    """Offsets of a record's fields, as attributes.
+
+    One constant as a whole: Triton's key of a compiled kernel holds the constants that its source
+    names, but not attributes of a module.
+    """
+
+    def __init__(self, dtype: np.dtype) -> None:
+        words = dtype.itemsize // tables.word(dtype).itemsize
+        constants = {**tables.offsets(dtype), "words": words}
+        super().__init__(SimpleNamespace(**{n: tl.constexpr(at) for n, at in constants.items()}))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "value" or name.startswith("__"):  # not there yet while a copy is made
+            raise AttributeError(name)
+        return getattr(self.value, name)
+
+
+REQUEST, EVENT, ROUND, OP, TILE = map(
+    Record, (tables.REQUEST, tables.EVENT, tables.ROUND, tables.OP, tables.TILE)
 )
-ROUND, ROUNDS, FINAL, BIAS, SINKS, HEAVY = (
-    tl.constexpr(n)
-    for n in (
-        tables.ROUND, tables.ROUNDS, tables.FINAL, tables.BIAS, tables.SINKS, tables.HEAVY,
-    )
-)  # fmt: skip
-OWNER, KEPT, QUERY, SCORE, ROOM = (
-    tl.constexpr(n) for n in (tables.OWNER, tables.KEPT, tables.QUERY, tables.SCORE, tables.ROOM)
-)
-# An event's operations.
-KIND, LENGTH, SEEN, INDEX, INPUTS, OUTPUT = (
-    tl.constexpr(n)
-    for n in (
-        tables.KIND, tables.LENGTH, tables.SEEN, tables.INDEX, tables.INPUTS, tables.OUTPUT,
-    )
-)  # fmt: skip
-# Query tiles.
-TILE_ROW, TILE_TOKENS, TILE_LIST, TILE_STORED, TILE_BIAS = (
-    tl.constexpr(n)
-    for n in (
-        tables.TILE_ROW, tables.TILE_TOKENS, tables.TILE_LIST, tables.TILE_STORED,
-        tables.TILE_BIAS,
-    )
-)  # fmt: skip
-TILE_RECENT, TILE_LAST, TILE_REQUEST, TILE_NEEDED = (
-    tl.constexpr(n)
-    for n in (
-        tables.TILE_RECENT, tables.TILE_LAST, tables.TILE_REQUEST, tables.TILE_NEEDED,
-    )
-)  # fmt: skip

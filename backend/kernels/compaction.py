@@ -6,297 +6,305 @@ team of programs per (layer, request, KV head) walks through the step's events; 
 on earlier decisions (attention of the query rows to the recent tokens) is computed for all events
 beforehand.
 
+A team's members share out the slices of scores and the halvings of a round, meet, and repeat the
+rest each for itself.  Within a program entries pass from phase to phase through scratch of its own;
+a barrier orders writers before readers.  What is written for an event lies in one of two copies,
+since a member may still read an event's while another one writes the next's.  No arithmetic depends
+on the team's size: partial sums belong to slices, not to programs.
+
 Source: Express Language Modeling (arXiv 2606.10944); `reference.cache.ExpressCache` is the oracle.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from express_vllm.layout import DRAW
-from express_vllm.rng import STREAM_COMPLEMENT, STREAM_DRAW, STREAM_SIGN
+from express_vllm.rng import STREAM_DRAW
 
-from . import columns
-from .halving import differences, entry, keep, long_tile, measure, points, walk
+from .arguments import Heads, Scores, Source, Tables, Work
+from .columns import EVENT, OP, REQUEST, ROUND
+from .halving import Entries, Scratch, differences, entry, keep, load_groups, points, walk
 from .launch import kernel
-from .rows import event_key, mix, request_slots, wait_until, wide
-from .selection import ROWS, choose_heavy, score_stored, weigh
+from .long_groups import halve_long
+from .rows import ROWS, event_key, mix, source_slots, wide
+from .selection import choose_heavy, score_stored, weigh
+from .team import Team, meet, written
 
-_SIGN, _COMPLEMENT = tl.constexpr(STREAM_SIGN), tl.constexpr(STREAM_COMPLEMENT)
 _DRAWN, _DRAW = tl.constexpr(STREAM_DRAW), tl.constexpr(DRAW)
+
+
+class Task(NamedTuple):
+    """A layer, request and KV head."""
+
+    i_layer: Any
+    i_head: Any
+    layer: Any  # global, of the random bits, as is `head`
+    head: Any
+    request: Any  # pointer to its record
+    slots: Any
+    lists: Any  # pointer to its first list
+    width: Any  # from a list to the next one
+    progress: Any  # pointer to the number of its lists that are written
+
+
+class Shared(NamedTuple):
+    """What a team's members share: pointers."""
+
+    parts: Any  # fp32 [2, slices, 2, ROWS]: maxima and sums of every slice
+    outputs: Any  # int32 [2, output_width]: of halvings
+    bits: Any  # int32: the candidates' masses
 
 
 @kernel
 def compact_kernel(
-    requests, events, rounds, ops, ids, bias,
-    rows, score, peak, total,
-    pages, layer_offsets, table,
-    lists,  # int32 out [L, H * list_entries]: a request's lists [EVENTS + 1, H, WIDTH] at H * LIST,
-    # the first one before its events
-    scratch, virtual,  # fp32 [programs, scratch_width], int32 [programs, 2, virtual_width]
-    shared,  # fp32 [teams, shared_width]: what a team's members share
-    counters,  # int32 zeros: programs that started, then the teams' meetings
-    progress,  # int32 out [R, H], zeros before: lists that are written, for one layer
-    s_value: tl.int64, s_page: tl.int64, s_head: tl.int64, s_slot: tl.int32, s_table: tl.int32,
-    scale, root,  # softmax scale; 1 / sqrt(D) of the halving kernel
-    tasks: tl.int32, request_count: tl.int32, heads: tl.int32, first_head: tl.int32,
-    first_layer: tl.int32, layer_ids,
-    instances: tl.int32, list_entries: tl.int32, scored: tl.int32,  # of a layer
-    scratch_width: tl.int32, virtual_width: tl.int32, output_width: tl.int32,
-    shared_width: tl.int32, team: tl.int32,
-    origin: tl.int32,  # column of a request's first row, not paged
-    D: tl.constexpr, D_PAD: tl.constexpr,
-    C: tl.constexpr,  # candidates that are in registers at a time
-    SHARE: tl.constexpr,  # candidates that a member weighs at a time
-    SLICES: tl.constexpr,  # parts of the stored slots: they order a sum
-    BLOCK: tl.constexpr,
-    G: tl.constexpr,  # halvings of a round that a program runs side by side
-    B: tl.constexpr,  # of these, how many share a matrix product
-    P: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_HEAVY: tl.constexpr, KIND: tl.constexpr,
-    LONG: tl.constexpr,  # groups of any number of tiles, one at a time
-    WIDE: tl.constexpr,
+    tables: Tables, scores: Scores, source: Source, work: Work, heads: Heads,
+    scale: float, root: float,  # of the softmax; 1 / sqrt(d) of the halving kernel
+    C: tl.constexpr,
 ):  # fmt: skip
-    """Work off the events of every request, layer and KV head.
-
-    A team of `team` programs takes one of them: its members share out the slices of scores and the
-    halvings of a round, meet, and repeat the rest each for itself.  Within a program entries pass
-    from phase to phase through scratch of its own; a barrier orders writers before readers.  What
-    is written for an event lies in one of two copies, since a member may still read an event's
-    while another one writes the next's.  No arithmetic depends on `team`: partial sums belong to
-    slices, not to programs.
-    """
-    # Attention runs at the same time as events of a step with new tokens.
-    SIGNAL: tl.constexpr = BLOCK_SIZE == 0
-    o_d, o_r, o_w = tl.arange(0, D_PAD), tl.arange(0, ROWS), tl.arange(0, WIDE)
-    scratch_width = wide(scratch_width)
-    virtual_width = wide(virtual_width)
-    output_width = wide(output_width)
-    shared_width = wide(shared_width)
-    i_team, member = tl.program_id(0) // team, tl.program_id(0) % team
-    p_virtuals = virtual + tl.program_id(0).to(tl.int64) * (2 * virtual_width)
-    # Own scratch: differences, thresholds, psi, mean key, signs.
-    p_delta = scratch + tl.program_id(0).to(tl.int64) * scratch_width
-    p_tau = p_delta + G * P * P
-    p_psi = p_tau + G * P
-    p_mean = p_psi + G * P
-    p_sign = p_mean + D_PAD
-    # Shared: maxima and sums of every slice, the halvings' outputs, masses.
-    p_parts = shared + i_team.to(tl.int64) * shared_width
-    p_outputs = (p_parts + 4 * ROWS * SLICES).to(tl.pointer_type(tl.int32))
-    p_bits = p_outputs + 2 * output_width
-    p_arrived = counters + 1 + i_team
+    """Work off the events of every request, layer and KV head: a team takes one after the other."""
+    i_team = tl.program_id(0) // work.team
+    team = Team(tl.program_id(0) % work.team, work.team, work.counters + 1 + i_team)
+    p_virtuals = work.virtual + tl.program_id(0).to(tl.int64) * (2 * wide(work.virtual_width))
+    scratch = own_scratch(work, C)
+    shared = shared_scratch(work, i_team, C)
     meetings = 0
-    if SIGNAL:
-        tl.atomic_add(counters, 1, sem="relaxed")
-    for task in range(i_team, tasks, tl.num_programs(0) // team):
-        i_head = task % heads
-        i_request = (task // heads) % request_count
-        request = requests + i_request * columns.REQUEST
-        i_layer = task // (heads * request_count)
-        instance_first = tl.load(request + columns.INSTANCE).to(tl.int32)
-        event_count = tl.load(request + columns.EVENTS).to(tl.int32)
-        move = tl.load(request + columns.SHIFT)
-        seed_low, seed_high = (
-            tl.load(request + columns.SEED_LOW).to(tl.uint32),
-            tl.load(request + columns.SEED_HIGH).to(tl.uint32),
-        )
-        i_table = tl.load(request + columns.TABLE)
-        list_first, width = tl.load(request + columns.LIST), tl.load(request + columns.WIDTH)
-        p_slots = request_slots(
-            pages + tl.multiple_of(tl.load(layer_offsets + i_layer), 16), request, i_head, s_head,
-            s_slot, origin, BLOCK_SIZE,
-        )  # fmt: skip
-        p_table = table + i_table * s_table
-        layer = (first_layer + tl.load(layer_ids + i_layer)).to(tl.uint32)
-        p_list = lists + (i_layer.to(tl.int64) * list_entries + list_first) * heads
-        p_list += i_head * width
-        # The state before the first event: the stored slots as they are.
-        known = tl.load(request + columns.KNOWN).to(tl.int32)
-        p_progress = progress + i_request * heads + i_head
-        for j in range(0, known, WIDE):
-            o_j = j + o_w
-            tl.store(p_virtuals + o_j, o_j, mask=o_j < known)
-            tl.store(p_list + o_j, o_j, mask=o_j < tl.where(member == 0, known, 0))
-        tl.debug_barrier()
-        if SIGNAL:
-            written(p_progress, 1, member)
+    # Attention runs at the same time as events of a step with new tokens.
+    if C.block_size == 0:
+        tl.atomic_add(work.counters, 1, sem="relaxed")
+    for i_task in range(i_team, heads.tasks, tl.num_programs(0) // work.team):
+        task = load_task(tables, source, work, heads, i_task, C)
+        first_event = tl.load(task.request + REQUEST.first_event).to(tl.int32)
+        event_count = tl.load(task.request + REQUEST.events).to(tl.int32)
+        begin(task, p_virtuals, team, C)
         for e in range(event_count):
-            header = events + (instance_first + e) * columns.EVENT
-            position, stored = tl.load(header + columns.POSITION), tl.load(header + columns.STORED)
-            incoming, live = tl.load(header + columns.INCOMING), tl.load(header + columns.LIVE)
-            after, round_first = tl.load(header + columns.AFTER), tl.load(header + columns.ROUND)
-            round_count, final = tl.load(header + columns.ROUNDS), tl.load(header + columns.FINAL)
-            recent = (move + position - live).to(tl.int32)
-            copy = e % 2
-            p_virtual = p_virtuals + copy * virtual_width
-            p_output = p_outputs + copy * output_width
-            base = stored + incoming  # virtual ids from here on are outputs
-            # Ids are known before any decision: they are on their way while scores are computed.
-            p_round = rounds + 2 * round_first
-            op_first = tl.load(p_round, mask=round_count > 0, other=0) + member * G
-            op_count = tl.load(p_round + 1, mask=round_count > 0, other=0) - member * G
-            b_id = points(ops + op_first * columns.OP, op_count, ids, P, B)
-            b_left = tl.load(ids + final + o_w, mask=o_w < after, other=0)
-            if HAS_HEAVY:
-                sinks, heavy = tl.load(header + columns.SINKS), tl.load(header + columns.HEAVY)
-                i_row = (i_layer * instances + instance_first + e).to(tl.int64) * heads + i_head
-                i_row = i_row * ROWS
-                i_score = (i_layer.to(tl.int64) * scored + tl.load(header + columns.SCORE)) * heads
-                i_score += i_head * tl.load(header + columns.ROOM)
-                b_q = tl.load(
-                    rows + (i_row + o_r[:, None]) * D + o_d[None, :],
-                    mask=(o_d < D)[None, :], other=0.0,
-                )  # fmt: skip
-                p_part = p_parts + copy * (2 * ROWS * SLICES)
-                p_score = score + i_score * ROWS
-                score_stored(
-                    b_q, p_virtual, bias + tl.load(header + columns.BIAS), p_slots, p_table, s_page,
-                    s_slot, p_score, p_part, scale, member, team, stored, sinks, heavy,
-                    D, D_PAD, BLOCK, SLICES, BLOCK_SIZE,
-                )  # fmt: skip
-                meetings += team
-                meet(p_arrived, meetings, team)
-                weigh(
-                    p_score, p_part, peak + i_row, total + i_row, p_bits, heavy + incoming, member,
-                    team, C, SHARE, SLICES,
-                )  # fmt: skip
-                meetings += team
-                meet(p_arrived, meetings, team)
-                choose_heavy(
-                    p_bits, p_virtual, recent, stored, incoming, sinks, heavy, C
-                )  # fmt: skip
-            else:
-                for j in range(0, incoming, WIDE):
-                    o_j = stored + j + o_w
-                    tl.store(p_virtual + o_j, o_j + recent, mask=o_j < base)
-                tl.debug_barrier()
-
-            event = event_key(
-                seed_low, seed_high, layer, (first_head + i_head).to(tl.uint32),
-                position.to(tl.uint32),
+            meetings = run_event(
+                task, first_event + e, e, tables, scores, heads, work, team, p_virtuals, scratch,
+                shared, meetings, scale, root, C,
             )  # fmt: skip
-            for i_round in range(round_first, round_first + round_count):
-                op_first, op_count = (
-                    tl.load(rounds + 2 * i_round),
-                    tl.load(rounds + 2 * i_round + 1),
-                )
-                op = ops + op_first * columns.OP
-                if tl.load(op + columns.KIND) == _DRAW:
-                    draw_entry(op, event, ids, p_virtual, p_output, base)
-                else:
-                    for first in range(member * G, op_count, team * G):
-                        if (i_round > round_first) | (first > member * G):
-                            b_id = points(op + first * columns.OP, op_count - first, ids, P, B)
-                        halve(
-                            op + first * columns.OP, op_count - first, b_id, event, ids, p_virtual,
-                            p_output, base, p_slots, p_table, s_value, s_page, s_slot, p_delta,
-                            p_tau, p_psi, p_mean, p_sign, root, D, D_PAD, G, B, P, BLOCK_SIZE, KIND,
-                            LONG,
-                        )  # fmt: skip
-                meetings += team
-                meet(p_arrived, meetings, team)
-            p_new = p_list + (e + 1) * heads * width
-            p_next = p_virtuals + (1 - copy) * virtual_width
-            for j in range(0, after, WIDE):
-                o_j = j + o_w
-                m_j = o_j < after
-                if j > 0:
-                    b_left = tl.load(ids + final + o_j, mask=m_j, other=0)
-                b_final = entry(b_left, p_virtual, p_output, base, m_j)
-                tl.store(p_next + o_j, b_final, mask=m_j)
-                tl.store(p_new + o_j, b_final, mask=o_j < tl.where(member == 0, after, 0))
-            tl.debug_barrier()
-            if SIGNAL:
-                written(p_progress, e + 2, member)
 
 
 @triton.jit
-def halve(
-    op, count, b_id, event, ids, p_virtual, p_output, base, p_slots, p_table, s_value, s_page,
-    s_slot, p_delta, p_tau, p_psi, p_mean, p_sign, root,
-    D: tl.constexpr, D_PAD: tl.constexpr, G: tl.constexpr, B: tl.constexpr, P: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, KIND: tl.constexpr, LONG: tl.constexpr,
+def own_scratch(work, C: tl.constexpr):
+    """A program's scratch: differences, thresholds, psi, mean key, signs."""
+    p_delta = work.scratch + tl.program_id(0).to(tl.int64) * wide(work.scratch_width)
+    p_tau = p_delta + C.halvings * C.pairs * C.pairs
+    p_psi = p_tau + C.halvings * C.pairs
+    p_mean = p_psi + C.halvings * C.pairs
+    return Scratch(p_delta, p_tau, p_psi, p_mean, p_mean + C.padded)
+
+
+@triton.jit
+def shared_scratch(work, i_team, C: tl.constexpr):
+    p_parts = work.shared + i_team.to(tl.int64) * wide(work.shared_width)
+    p_outputs = (p_parts + 4 * ROWS * C.slices).to(tl.pointer_type(tl.int32))
+    return Shared(p_parts, p_outputs, p_outputs + 2 * wide(work.output_width))
+
+
+@triton.jit
+def load_task(tables, source, work, heads, i_task, C: tl.constexpr):
+    i_head = i_task % heads.heads
+    i_request = (i_task // heads.heads) % heads.requests
+    request = tables.requests + i_request * REQUEST.words
+    i_layer = i_task // (heads.heads * heads.requests)
+    list_first, width = tl.load(request + REQUEST.list), tl.load(request + REQUEST.width)
+    p_layer = source.data + tl.multiple_of(tl.load(source.layer_offsets + i_layer), 16)
+    slots = source_slots(p_layer, source, request, i_head, C.block_size)
+    layer = (heads.first_layer + tl.load(heads.layer_ids + i_layer)).to(tl.uint32)
+    p_lists = work.lists + (i_layer.to(tl.int64) * work.entries + list_first) * heads.heads
+    return Task(
+        i_layer, i_head, layer, (heads.first_head + i_head).to(tl.uint32), request, slots,
+        p_lists + i_head * width, heads.heads * width,
+        work.progress + i_request * heads.heads + i_head,
+    )  # fmt: skip
+
+
+@triton.jit
+def begin(task, p_virtuals, team, C: tl.constexpr):
+    """The state before the first event: the stored slots as they are."""
+    known = tl.load(task.request + REQUEST.known).to(tl.int32)
+    for j in range(0, known, C.wide):
+        o_j = j + tl.arange(0, C.wide)
+        tl.store(p_virtuals + o_j, o_j, mask=o_j < known)
+        tl.store(task.lists + o_j, o_j, mask=o_j < tl.where(team.member == 0, known, 0))
+    tl.debug_barrier()
+    if C.block_size == 0:
+        written(task.progress, 1, team)
+
+
+@triton.jit
+def run_event(
+    task, i_event, e, tables, scores, heads, work, team, p_virtuals, scratch, shared, meetings,
+    scale, root, C: tl.constexpr,
 ):  # fmt: skip
-    """Run up to G halvings of a round, the first `count` from `op` on.  b_id: `points` of the first
-    B."""
-    o_g, o_p = tl.arange(0, G), tl.arange(0, P)
-    m_g = o_g < count
-    p_op = op + o_g * columns.OP
-    b_length = tl.load(p_op + columns.LENGTH, mask=m_g, other=0)
-    b_index = tl.load(p_op + columns.INDEX, mask=m_g, other=0).to(tl.uint32)
-    b_inputs = tl.load(p_op + columns.INPUTS, mask=m_g, other=0)
-    b_output = tl.load(p_op + columns.OUTPUT, mask=m_g, other=0)
-    b_op = mix(tl.zeros([G], tl.uint32) + event, b_index)
-    b_key = mix(b_op, tl.full([G], _SIGN, tl.uint32))
-    b_flip = mix(b_op, tl.full([G], _COMPLEMENT, tl.uint32))
-    b_flip = (mix(b_flip, tl.zeros([G], tl.uint32)) & 1).to(tl.int32)
-    b_psi = tl.zeros([G, P], tl.float32)
-    if LONG:
-        length = tl.load(op + columns.LENGTH)
-        bound2, shift, mean2 = measure(
-            length, ids + tl.load(op + columns.INPUTS), p_virtual, p_output, base, p_mean, p_slots,
-            p_table, s_value, s_page, s_slot, D, D_PAD, P, BLOCK_SIZE, KIND,
+    """Run a task's event e, the step's `i_event`, and write its list -> the team's meetings."""
+    event = tables.events + i_event * EVENT.words
+    position, stored = tl.load(event + EVENT.position), tl.load(event + EVENT.stored)
+    incoming, live = tl.load(event + EVENT.incoming), tl.load(event + EVENT.live)
+    after = tl.load(event + EVENT.after)
+    round_first, round_count = tl.load(event + EVENT.round), tl.load(event + EVENT.rounds)
+    final = tl.load(event + EVENT.final)
+    # From a slot to its source index.
+    recent = (tl.load(task.request + REQUEST.shift) + position - live).to(tl.int32)
+    copy = e % 2
+    entries = Entries(
+        p_virtuals + copy * wide(work.virtual_width),
+        shared.outputs + copy * wide(work.output_width), stored + incoming,
+    )  # fmt: skip
+    # Ids are known before any decision: they are on their way while scores are computed.
+    b_id = first_points(tables, round_first, round_count, team, C)
+    o_w = tl.arange(0, C.wide)
+    b_left = tl.load(tables.ids + final + o_w, mask=o_w < after, other=0)
+    if C.heavy:
+        meetings = select(
+            task, event, i_event, recent, entries.virtual, tables, scores, heads, team,
+            shared.parts + copy * (2 * ROWS * C.slices), shared.bits, meetings, scale, C,
         )  # fmt: skip
-        most_root = tl.full([], 0.0, tl.float32)
-        for i_tile in range(tl.cdiv(length, 2 * P)):
-            most_root = long_tile(
-                op, i_tile, ids, p_virtual, p_output, base, p_mean, p_slots, p_table, s_value,
-                s_page, s_slot, p_delta, p_tau, p_psi, p_sign, bound2, shift, mean2, most_root,
-                root, D, D_PAD, P, BLOCK_SIZE, KIND,
-            )  # fmt: skip
-            tl.debug_barrier()
-            b_psi = tl.load(p_psi + o_g[:, None] * P + o_p[None, :], mask=m_g[:, None], other=0.0)
-            b_sign = walk(p_delta, p_tau, b_psi, b_key, i_tile * P, G, P, KIND)
-            keep(
-                b_sign, b_flip, i_tile, b_length, ids + b_inputs, b_output - base, m_g, p_virtual,
-                p_output, base, p_sign, G, P, LONG,
-            )  # fmt: skip
-            tl.debug_barrier()
     else:
-        for g in range(0, tl.minimum(count, G), B):
-            b_next = points(op + (g + B) * columns.OP, tl.minimum(count, G) - g - B, ids, P, B)
-            differences(
-                b_id, count - g, p_virtual, p_output, base, p_slots, p_table, s_value, s_page,
-                s_slot, p_delta + g * (P * P), root, D, D_PAD, P, B, BLOCK_SIZE,
+        for j in range(0, incoming, C.wide):
+            o_j = stored + j + o_w
+            tl.store(entries.virtual + o_j, o_j + recent, mask=o_j < entries.base)
+        tl.debug_barrier()
+    key = random_key(task, position)
+    for i_round in range(round_first, round_first + round_count):
+        run_round(
+            tables, i_round, i_round > round_first, b_id, key, entries, task.slots, team, scratch,
+            root, C,
+        )  # fmt: skip
+        meetings += team.size
+        meet(team, meetings)
+    p_next = p_virtuals + (1 - copy) * wide(work.virtual_width)
+    finish(task, e, b_left, tables.ids + final, after, entries, p_next, team, C)
+    return meetings
+
+
+@triton.jit
+def first_points(tables, round_first, round_count, team, C: tl.constexpr):
+    """`points` of a member's first groups in an event."""
+    p_round = tables.rounds + round_first * ROUND.words
+    op_first = tl.load(p_round + ROUND.first_op, mask=round_count > 0, other=0)
+    op_count = tl.load(p_round + ROUND.ops, mask=round_count > 0, other=0)
+    first = team.member * C.halvings
+    return points(tables.ops + (op_first + first) * OP.words, op_count - first, tables.ids, C)
+
+
+@triton.jit
+def select(
+    task, event, i_event, recent, p_virtual, tables, scores, heads, team, p_part, p_bits, meetings,
+    scale, C: tl.constexpr,
+):  # fmt: skip
+    """Choose an event's heavy hitters: rewrite the virtual ids -> the team's meetings."""
+    stored, incoming = tl.load(event + EVENT.stored), tl.load(event + EVENT.incoming)
+    sinks, heavy = tl.load(event + EVENT.sinks), tl.load(event + EVENT.heavy)
+    o_r, o_d = tl.arange(0, ROWS), tl.arange(0, C.padded)
+    i_row = (task.i_layer * scores.events + i_event).to(tl.int64) * heads.heads + task.i_head
+    i_row = i_row * ROWS
+    i_score = task.i_layer.to(tl.int64) * scores.scored + tl.load(event + EVENT.score)
+    i_score = i_score * heads.heads + task.i_head * tl.load(event + EVENT.room)
+    b_q = tl.load(
+        scores.rows + (i_row + o_r[:, None]) * C.size + o_d[None, :],
+        mask=(o_d < C.size)[None, :], other=0.0,
+    )  # fmt: skip
+    p_score = scores.score + i_score * ROWS
+    score_stored(
+        b_q, p_virtual, tables.bias + tl.load(event + EVENT.bias), task.slots, p_score, p_part,
+        scale, team, stored, sinks, heavy, C,
+    )  # fmt: skip
+    meetings += team.size
+    meet(team, meetings)
+    weigh(
+        p_score, p_part, scores.peak + i_row, scores.total + i_row, p_bits, heavy + incoming, team,
+        C,
+    )  # fmt: skip
+    meetings += team.size
+    meet(team, meetings)
+    choose_heavy(p_bits, p_virtual, recent, stored, incoming, sinks, heavy, C)
+    return meetings
+
+
+@triton.jit
+def random_key(task, position):
+    return event_key(
+        tl.load(task.request + REQUEST.seed_low).to(tl.uint32),
+        tl.load(task.request + REQUEST.seed_high).to(tl.uint32), task.layer, task.head,
+        position.to(tl.uint32),
+    )  # fmt: skip
+
+
+@triton.jit
+def run_round(
+    tables, i_round, later, b_id, key, entries, slots, team, scratch, root, C: tl.constexpr
+):  # fmt: skip
+    """A member's operations of a round; b_id: `points` of the first ones, if it is not a `later`
+    round of the event."""
+    p_round = tables.rounds + i_round * ROUND.words
+    op_first, op_count = tl.load(p_round + ROUND.first_op), tl.load(p_round + ROUND.ops)
+    op = tables.ops + op_first * OP.words
+    if tl.load(op + OP.kind) == _DRAW:
+        draw_entry(op, key, tables.ids, entries)
+    else:
+        first_own = team.member * C.halvings
+        for first in range(first_own, op_count, team.size * C.halvings):
+            if later | (first > first_own):
+                b_id = points(op + first * OP.words, op_count - first, tables.ids, C)
+            halve(
+                op + first * OP.words, op_count - first, b_id, key, tables.ids, entries, slots,
+                scratch, root, C,
             )  # fmt: skip
+
+
+@triton.jit
+def halve(op, count, b_id, key, ids, entries, slots, scratch, root, C: tl.constexpr):
+    """Run up to G halvings of a round, the first `count` from `op` on.  b_id: `points` of the
+    first."""
+    groups = load_groups(op, count, key, C)
+    if C.long:
+        halve_long(op, groups, ids, entries, slots, scratch, root, C)
+    else:
+        b_psi = tl.zeros([C.halvings, C.pairs], tl.float32)
+        for g in range(0, tl.minimum(count, C.halvings), C.together):
+            left = tl.minimum(count, C.halvings) - g - C.together
+            b_next = points(op + (g + C.together) * OP.words, left, ids, C)
+            p_delta = scratch.delta + g * (C.pairs * C.pairs)
+            differences(b_id, count - g, entries, slots, p_delta, root, C)
             b_id = b_next
         tl.debug_barrier()
-        b_sign = walk(p_delta, p_tau, b_psi, b_key, 0, G, P, KIND)
-        keep(
-            b_sign, b_flip, 0, b_length, ids + b_inputs, b_output - base, m_g, p_virtual, p_output,
-            base, p_sign, G, P, LONG,
-        )  # fmt: skip
+        b_sign = walk(scratch, b_psi, groups.key, 0, C)
+        keep(b_sign, 0, groups, ids, entries, scratch, C)
         tl.debug_barrier()
 
 
 @triton.jit
-def meet(p_arrived, target, team):
-    """Wait until every member of the team is here; what they wrote before can be read after."""
-    tl.debug_barrier()
-    if team > 1:
-        tl.atomic_add(p_arrived, 1, sem="release", scope="gpu")
-        wait_until(p_arrived, target)
-
-
-@triton.jit
-def written(p_progress, lists, member):
-    """Tell attention, which runs at the same time, that so many lists of this head are there."""
-    if member == 0:
-        tl.atomic_xchg(p_progress, lists, sem="release", scope="gpu")
-
-
-@triton.jit
-def draw_entry(op, event, ids, p_virtual, p_output, base):
+def draw_entry(op, key, ids, entries):
     """Draw one of a range's entries: entry 0 counts `seen` times if `seen` > 0, the rest once."""
-    length, seen = tl.load(op + columns.LENGTH), tl.load(op + columns.SEEN)
-    draw = mix(mix(mix(event, tl.load(op + columns.INDEX).to(tl.uint32)), _DRAWN), 0)
-    entries = length + seen - tl.where(seen > 0, 1, 0)
-    # floor(u * entries) in integers: fp32 would round the product.
-    ticket = (((draw >> 8).to(tl.int64) * entries) >> 24).to(tl.int32)
+    length, seen = tl.load(op + OP.length), tl.load(op + OP.seen)
+    draw = mix(mix(mix(key, tl.load(op + OP.number).to(tl.uint32)), _DRAWN), 0)
+    count = length + seen - tl.where(seen > 0, 1, 0)
+    # floor(u * count) in integers: fp32 would round the product.
+    ticket = (((draw >> 8).to(tl.int64) * count) >> 24).to(tl.int32)
     ticket = tl.where(seen > 0, tl.maximum(ticket - seen + 1, 0), ticket)
-    drawn = tl.load(ids + tl.load(op + columns.INPUTS) + ticket)
-    p_drawn = p_virtual + drawn
-    if drawn >= base:
-        p_drawn = p_output + drawn - base
-    tl.store(p_output + tl.load(op + columns.OUTPUT) - base, tl.load(p_drawn))
+    drawn = tl.load(ids + tl.load(op + OP.inputs) + ticket)
+    p_drawn = entries.virtual + drawn
+    if drawn >= entries.base:
+        p_drawn = entries.output + drawn - entries.base
+    tl.store(entries.output + tl.load(op + OP.output) - entries.base, tl.load(p_drawn))
+
+
+@triton.jit
+def finish(task, e, b_left, p_final, after, entries, p_next, team, C: tl.constexpr):
+    """Write the list after event e, also to the next event's virtual ids; b_left: its first ids."""
+    p_new = task.lists + (e + 1) * task.width
+    for j in range(0, after, C.wide):
+        o_j = j + tl.arange(0, C.wide)
+        m_j = o_j < after
+        if j > 0:
+            b_left = tl.load(p_final + o_j, mask=m_j, other=0)
+        b_final = entry(b_left, entries, m_j)
+        tl.store(p_next + o_j, b_final, mask=m_j)
+        tl.store(p_new + o_j, b_final, mask=o_j < tl.where(team.member == 0, after, 0))
+    tl.debug_barrier()
+    if C.block_size == 0:
+        written(task.progress, e + 2, team)

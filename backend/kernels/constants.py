@@ -7,10 +7,15 @@ size is no constant, so a server compiles everything when it starts.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from torch import Tensor
 
 from .events import TILE_POINTS, Kind
-from .halving import EXPONENTIAL, GAUSSIAN
+from .launch import Launch
+
+#: Halving kernels.
+GAUSSIAN, EXPONENTIAL = 0, 1
 
 #: Rows of a query tile: tokens times query heads of a KV head.
 QUERY_ROWS = 128
@@ -28,6 +33,12 @@ _OPERAND = 32 << 10
 MOVED = 32
 #: Bytes of a row that one unit of a move handles: small enough that its rows stay in L2.
 MOVE_COLUMNS = 64
+#: Slots that one program of a decode reads, or a multiple: no request has more than MAX_SPLITS
+#: splits, since the grid that a CUDA graph captures holds that many programs for every request.
+SPLIT = 512
+MAX_SPLITS = 16
+#: Most segments of a layout: levels, drawn entry, exact parts (a weight of 2^60 is out of reach).
+MAX_SEGMENTS = 32
 #: Shared memory of a multiprocessor that a program may use.
 _SHARED = 224 << 10
 
@@ -44,18 +55,81 @@ class Model(NamedTuple):
     def padded(self) -> int:
         return 1 << (self.size - 1).bit_length()
 
+    @classmethod
+    def of(cls, kv_cache: Tensor, group: int) -> Model:
+        """kv_cache [blocks, KV heads, block size, 2 d]."""
+        return cls(kv_cache.shape[3] // 2, group, kv_cache.element_size(), kv_cache.shape[2])
 
-class Launch(NamedTuple):
-    """Constants of a kernel, in the order of its parameters, and how it is launched."""
 
-    constants: tuple
-    warps: int = 4
-    stages: int = 3
-    registers: int | None = None
+class Rows(NamedTuple):
+    """Of kernels that move rows."""
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return self._asdict()
+    size: int  # of a head
+    padded: int  # to a power of two, as everywhere below
+    group: int  # query heads of a KV head
+    block: int  # rows at a time
+    block_size: int  # slots of a page
+
+
+class Move(NamedTuple):
+    row: int  # elements of a key and its value
+    columns: int  # that a unit of work moves
+    block: int
+    block_size: int
+
+
+class Scoring(NamedTuple):
+    """Of `score_recent_kernel`."""
+
+    size: int
+    padded: int
+    group: int
+    block: int  # slots at a time
+    block_size: int  # slots of a source's page; 0: not paged
+    ring_block: int  # slots of a page
+    has_new: bool  # whether query rows may be the step's own
+
+
+class Compaction(NamedTuple):
+    """Of `compact_kernel`."""
+
+    size: int
+    padded: int
+    candidates: int  # that are in registers at a time
+    share: int  # candidates that a member weighs at a time
+    slices: int  # parts of the stored slots: they order a sum
+    block: int  # slots of a tile of scores
+    halvings: int  # of a round that a program runs side by side
+    together: int  # how many of these share a matrix product
+    pairs: int  # of a tile
+    block_size: int  # slots of a source's page; 0: not paged
+    heavy: bool  # whether there are heavy hitters
+    kind: int  # of the halving kernel
+    long: bool  # groups of any number of tiles, one at a time
+    wide: int  # entries that a program copies at a time
+
+
+class Attention(NamedTuple):
+    """Of `prefill_kernel`."""
+
+    group: int
+    size: int
+    padded: int
+    rows: int  # of a query tile
+    block: int  # slots at a time
+
+
+class Decode(NamedTuple):
+    """Of `decode_kernel` and `combine_kernel`."""
+
+    group: int
+    rows: int  # of the matrix products
+    size: int
+    padded: int
+    block: int  # slots at a time
+    split: int  # least slots of a split
+    segments: int
+    block_size: int
 
 
 @lru_cache
@@ -66,14 +140,24 @@ def compaction(kind: Kind, model: Model, paged: bool) -> Launch:
     halvings = side_by_side(kind, paged)
     together = max(1, min(halvings, 2, _OPERAND // (TILE_POINTS * padded * model.itemsize)))
     return Launch(
-        (
-            model.size, padded, CANDIDATES, CANDIDATES if paged else CANDIDATES // SLICES,
-            SLICES, _scored(model), halvings,
-            together, TILE_POINTS // 2, model.block_size if paged else 0, kind.heavy,
-            EXPONENTIAL if kind.kernel == "exponential" else GAUSSIAN, kind.long, _WIDE,
+        Compaction(
+            size=model.size,
+            padded=padded,
+            candidates=CANDIDATES,
+            share=CANDIDATES if paged else CANDIDATES // SLICES,
+            slices=SLICES,
+            block=_scored(model),
+            halvings=halvings,
+            together=together,
+            pairs=TILE_POINTS // 2,
+            block_size=model.block_size if paged else 0,
+            heavy=kind.heavy,
+            kind=EXPONENTIAL if kind.kernel == "exponential" else GAUSSIAN,
+            long=kind.long,
+            wide=_WIDE,
         ),
         warps=8,
-    )  # fmt: skip
+    )
 
 
 def side_by_side(kind: Kind, paged: bool) -> int:
@@ -90,7 +174,7 @@ def _scored(model: Model) -> int:
 @lru_cache
 def recent_scores(model: Model, paged: bool) -> Launch:
     return Launch(
-        (
+        Scoring(
             model.size, model.padded, model.group, _scored(model), model.block_size if paged else 0,
             model.block_size, not paged,
         ),
@@ -113,25 +197,25 @@ def prefill(model: Model) -> Launch:
         block, stages, registers = 32, 3, 128
     elif model.padded == 128:  # each fp32 operand is there in two parts
         block, stages = 16, 2
-    constants = (model.group, model.size, model.padded, rows, block)
+    constants = Attention(model.group, model.size, model.padded, rows, block)
     return Launch(constants, 8, stages, registers)
 
 
 @lru_cache
-def gather(model: Model) -> Launch:
-    return Launch((model.size, model.padded, MOVED, model.block_size))
-
-
-@lru_cache
-def append(model: Model) -> Launch:
-    return Launch((model.size, model.padded, MOVED))
-
-
-@lru_cache
-def scatter(model: Model) -> Launch:
-    return Launch((model.size, model.padded, model.group, MOVED, model.block_size))
+def rows(model: Model) -> Launch:
+    return Launch(Rows(model.size, model.padded, model.group, MOVED, model.block_size))
 
 
 @lru_cache
 def move(model: Model) -> Launch:
-    return Launch((2 * model.size, MOVE_COLUMNS, 64, model.block_size))
+    return Launch(Move(2 * model.size, MOVE_COLUMNS, 64, model.block_size))
+
+
+@lru_cache
+def decode(model: Model, block: int = 0, warps: int = 0) -> Launch:
+    """`block`, `warps`: other than the usual ones."""
+    constants = Decode(
+        model.group, max(16, 1 << (model.group - 1).bit_length()), model.size, model.padded,
+        block or (128 if model.padded <= 128 else 64), SPLIT, MAX_SEGMENTS, model.block_size,
+    )  # fmt: skip
+    return Launch(constants, warps or 4)

@@ -18,16 +18,11 @@ from torch import Tensor
 
 from express_vllm.layout import RING_ROWS, Segment
 
-from .launch import kernel
-from .pages import store_token_kernel
-from .rows import slot_rows, wide
-
-#: Slots that one program reads, or a multiple: no request has more than MAX_SPLITS splits, since
-#: the grid that a CUDA graph captures holds that many programs for every request.
-SPLIT = 512
-MAX_SPLITS = 16
-#: Most segments of a layout: levels, drawn entry, exact parts (a weight of 2^60 is out of reach).
-MAX_SEGMENTS = 32
+from . import constants
+from .arguments import Decodes, Pages, Tokens
+from .constants import MAX_SEGMENTS, MAX_SPLITS, SPLIT, Model
+from .launch import kernel, launch
+from .rows import ROWS, page_slots, slot_rows, wide
 
 
 def segment_steps(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
@@ -44,48 +39,53 @@ def segment_steps(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @triton.jit
-def split_length(count, splits, LENGTH: tl.constexpr):
-    return LENGTH * tl.maximum(tl.cdiv(count, LENGTH * splits), 1)
+def split_length(count, splits, SPLIT: tl.constexpr):
+    return SPLIT * tl.maximum(tl.cdiv(count, SPLIT * splits), 1)
 
 
 @kernel
-def decode_kernel(
-    query, pages, table, live, starts, steps,
-    part, norm,  # fp32 out [R, heads, splits, D], [R, heads, splits, 2]
-    s_query: tl.int32, s_query_head: tl.int32, s_page: tl.int64, s_head: tl.int64,
-    s_slot: tl.int32, s_table: tl.int32, scale2, splits: tl.int32,
-    GROUP: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr,
-    LENGTH: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
+def decode_kernel(query: Tokens, pages: Pages, batch: Decodes, scale2: float, C: tl.constexpr):
     """Softmax over one split of one request's slots, unnormalised, for a KV head's query heads."""
     i_split, i_head, i_request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    count = tl.load(live + i_request)
-    length = split_length(count, splits, LENGTH)
+    count = tl.load(batch.live + i_request)
+    length = split_length(count, batch.splits, C.split)
     begin = i_split * length
     if begin >= count:
         return
     end = tl.minimum(begin + length, count)
-    o_m, o_n, o_d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, D_PAD)
-    o_s = tl.arange(0, SEGMENTS)
-    m_d, m_m = o_d < D, o_m < GROUP
-    i_query_head = i_head * GROUP + o_m
-    p_query = query + i_request.to(tl.int64) * wide(s_query)
-    p_query += i_query_head * wide(s_query_head)
-    b_q = tl.load(p_query[:, None] + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
-    b_start = tl.load(starts + i_request * SEGMENTS + o_s)
-    b_step = tl.load(steps + i_request * SEGMENTS + o_s)
-    p_table = table + i_request.to(tl.int64) * s_table
-    p_slots = pages + i_head * wide(s_head)
-    b_acc = tl.zeros([M, D_PAD], tl.float32)
-    b_most = tl.full([M], -1.0e30, tl.float32)
-    b_sum = tl.zeros([M], tl.float32)
-    for first in range(begin, end, N):
+    o_m, o_d = tl.arange(0, C.rows), tl.arange(0, C.padded)
+    m_m = o_m < C.group
+    m = m_m[:, None] & (o_d < C.size)[None, :]
+    i_query_head = i_head * C.group + o_m
+    p_query = query.data + i_request.to(tl.int64) * wide(query.token)
+    p_query += i_query_head * wide(query.head)
+    b_q = tl.load(p_query[:, None] + o_d[None, :], mask=m, other=0.0)
+    slots = page_slots(pages, i_request.to(tl.int64), i_head, C.size)
+    b_acc, b_most, b_sum = attend_split(b_q, slots, batch, i_request, begin, end, scale2, C)
+    heads = tl.num_programs(1) * C.group
+    i_part = (i_request.to(tl.int64) * heads + i_query_head) * batch.splits + i_split
+    tl.store(batch.part + i_part[:, None] * C.size + o_d[None, :], b_acc, mask=m)
+    tl.store(batch.norm + 2 * i_part, b_most, mask=m_m)
+    tl.store(batch.norm + 2 * i_part + 1, b_sum, mask=m_m)
+
+
+@triton.jit
+def attend_split(b_q, slots, batch, i_request, begin, end, scale2, C: tl.constexpr):
+    """Numerators [M, d], maxima and sums of exponentials [M] over slots [begin, end)."""
+    o_n, o_d, o_s = tl.arange(0, C.block), tl.arange(0, C.padded), tl.arange(0, C.segments)
+    m_d = o_d < C.size
+    b_start = tl.load(batch.starts + i_request * C.segments + o_s)
+    b_step = tl.load(batch.steps + i_request * C.segments + o_s)
+    b_acc = tl.zeros([C.rows, C.padded], tl.float32)
+    b_most = tl.full([C.rows], -1.0e30, tl.float32)
+    b_sum = tl.zeros([C.rows], tl.float32)
+    for first in range(begin, end, C.block):
         i_slot = first + o_n
         m_slot = i_slot < end
         i_slot = tl.where(m_slot, i_slot, end - 1)
-        p_row = slot_rows(i_slot, p_slots, p_table, s_page, s_slot, BLOCK_SIZE)
+        p_row = slot_rows(i_slot, slots, C.block_size)
         b_k = tl.load(p_row[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
-        b_v = tl.load(p_row[:, None] + D + o_d[None, :], mask=m_d[None, :], other=0.0)
+        b_v = tl.load(p_row[:, None] + slots.value + o_d[None, :], mask=m_d[None, :], other=0.0)
         b_bias = tl.sum(tl.where(b_start[None, :] <= i_slot[:, None], b_step[None, :], 0.0), 1)
         b_score = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * scale2 + b_bias[None, :]
         b_score = tl.where(m_slot[None, :], b_score, -1.0e30)
@@ -96,39 +96,62 @@ def decode_kernel(
         b_acc = b_acc * b_fade[:, None]
         b_acc = tl.dot(b_share.to(b_v.dtype), b_v, b_acc, input_precision="tf32x3")
         b_most = b_new
-    heads = tl.num_programs(1) * GROUP
-    i_part = (i_request.to(tl.int64) * heads + i_query_head) * splits + i_split
-    tl.store(part + i_part[:, None] * D + o_d[None, :], b_acc, mask=m_m[:, None] & m_d[None, :])
-    tl.store(norm + 2 * i_part, b_most, mask=m_m)
-    tl.store(norm + 2 * i_part + 1, b_sum, mask=m_m)
+    return b_acc, b_most, b_sum
 
 
 @kernel
-def combine_kernel(
-    part, norm, live, output, s_output: tl.int32, s_output_head: tl.int32, splits: tl.int32,
-    D: tl.constexpr, D_PAD: tl.constexpr, LENGTH: tl.constexpr,
-):  # fmt: skip
+def combine_kernel(output: Tokens, batch: Decodes, C: tl.constexpr):
     """Add up a query head's splits in order; padding requests (live = 0) give zeros."""
     i_head, i_request = tl.program_id(0), tl.program_id(1)
-    count = tl.load(live + i_request)
-    o_d = tl.arange(0, D_PAD)
-    m_d = o_d < D
-    i_part = (i_request.to(tl.int64) * tl.num_programs(0) + i_head) * splits
-    b_acc = tl.zeros([D_PAD], tl.float32)
+    count = tl.load(batch.live + i_request)
+    o_d = tl.arange(0, C.padded)
+    m_d = o_d < C.size
+    i_part = (i_request.to(tl.int64) * tl.num_programs(0) + i_head) * batch.splits
+    b_acc = tl.zeros([C.padded], tl.float32)
     most = tl.full([], -1.0e30, tl.float32)
     total = tl.full([], 0.0, tl.float32)
-    for i in range(tl.cdiv(count, split_length(count, splits, LENGTH))):
-        peak = tl.load(norm + 2 * (i_part + i))
-        sums = tl.load(norm + 2 * (i_part + i) + 1)
+    for i in range(tl.cdiv(count, split_length(count, batch.splits, C.split))):
+        peak = tl.load(batch.norm + 2 * (i_part + i))
+        sums = tl.load(batch.norm + 2 * (i_part + i) + 1)
         new = tl.maximum(most, peak)
         fade, share = tl.exp2(most - new), tl.exp2(peak - new)
-        b_part = tl.load(part + (i_part + i) * D + o_d, mask=m_d, other=0.0)
+        b_part = tl.load(batch.part + (i_part + i) * C.size + o_d, mask=m_d, other=0.0)
         b_acc = b_acc * fade + b_part * share
         total = total * fade + sums * share
         most = new
     b_acc = b_acc / tl.where(total > 0.0, total, 1.0)
-    p_output = output + i_request.to(tl.int64) * s_output + i_head * s_output_head
-    tl.store(p_output + o_d, b_acc.to(output.dtype.element_ty), mask=m_d)
+    p_output = output.data + i_request.to(tl.int64) * output.token + i_head * output.head
+    tl.store(p_output + o_d, b_acc.to(output.data.dtype.element_ty), mask=m_d)
+
+
+@kernel
+def store_token_kernel(
+    query: Tokens, key: Tokens, value: Tokens, pages: Pages, live,
+    ring,  # int32 [R]: (2 * slot + half) * ROWS + row of the query row to keep; -1: none
+    C: tl.constexpr,
+):  # fmt: skip
+    """Write each request's new key and value to its last live slot, its query row to the ring.
+    Requests with live = 0 are padding."""
+    i_request, i_head = tl.program_id(0), tl.program_id(1)
+    i_slot = tl.load(live + i_request) - 1
+    if i_slot < 0:
+        return
+    o_d = tl.arange(0, C.padded)
+    m_d = o_d < C.size
+    i_token = i_request.to(tl.int64)
+    b_k = tl.load(key.data + i_token * key.token + i_head * key.head + o_d, mask=m_d)
+    b_v = tl.load(value.data + i_token * value.token + i_head * value.head + o_d, mask=m_d)
+    slots = page_slots(pages, i_token, i_head, C.size)
+    p_row = slot_rows(i_slot, slots, C.block_size)
+    tl.store(p_row + o_d, b_k.to(pages.data.dtype.element_ty), mask=m_d)
+    tl.store(p_row + slots.value + o_d, b_v.to(pages.data.dtype.element_ty), mask=m_d)
+    i_ring = tl.load(ring + i_request)
+    if i_ring >= 0:
+        turn, i_half = i_ring % ROWS % C.group, i_ring // ROWS
+        p_query = query.data + i_token * query.token + (i_head * C.group + turn) * query.head
+        b_row = tl.load(p_query + o_d, mask=m_d)
+        p_row = slot_rows(i_half // 2, slots, C.block_size) + (i_half % 2) * C.size
+        tl.store(p_row + o_d, b_row.to(pages.data.dtype.element_ty), mask=m_d)
 
 
 class DecodeScratch:
@@ -152,22 +175,15 @@ def decode_attention(
     [R, MAX_SEGMENTS] (`segment_steps`).  The grid depends on R and scratch.splits alone, so a
     CUDA graph may capture it.
     """
-    requests, heads, size = query.shape
-    kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[2]
-    group = heads // kv_heads
-    padded = triton.next_power_of_2(size)
-    s_page, s_head, s_slot, _ = kv_cache.stride()
-    decode_kernel[(scratch.splits, kv_heads, requests)](
-        query, kv_cache, table, live, starts, steps, scratch.part, scratch.norm,
-        query.stride(0), query.stride(1), s_page, s_head, s_slot, table.stride(0),
-        scale * 1.4426950408889634, scratch.splits, group, max(16, triton.next_power_of_2(group)),
-        size, padded, block or (128 if padded <= 128 else 64), SPLIT, MAX_SEGMENTS, block_size,
-        num_warps=warps or 4, num_stages=3,
+    requests, heads, _ = query.shape
+    kv_heads = kv_cache.shape[1]
+    variant = constants.decode(Model.of(kv_cache, heads // kv_heads), block, warps)
+    batch = Decodes(live, starts, steps, scratch.part, scratch.norm, scratch.splits)
+    launch(
+        decode_kernel, (scratch.splits, kv_heads, requests),
+        (Tokens.of(query), Pages.of(kv_cache, table), batch, scale * 1.4426950408889634), variant,
     )  # fmt: skip
-    combine_kernel[(heads, requests)](
-        scratch.part, scratch.norm, live, output, output.stride(0), output.stride(1),
-        scratch.splits, size, padded, SPLIT, num_warps=1,
-    )  # fmt: skip
+    launch(combine_kernel, (heads, requests), (Tokens.of(output), batch), variant._replace(warps=1))
     return output
 
 
@@ -183,11 +199,10 @@ def store_tokens(
 ) -> None:  # fmt: skip
     """Write each request's new key and value [R, KV heads, d] to slot live - 1 and, where ring
     [R] int32 >= 0, the query of one head to the ring: `ring_word`."""
-    requests, kv_heads, size = key.shape
-    s_page, s_head, s_slot, _ = kv_cache.stride()
-    store_token_kernel[(requests, kv_heads)](
-        query, key, value, kv_cache, table, live, ring, query.stride(0), query.stride(1),
-        key.stride(0), key.stride(1), value.stride(0), value.stride(1), s_page, s_head, s_slot,
-        table.stride(0), size, triton.next_power_of_2(size), query.shape[1] // kv_heads,
-        kv_cache.shape[2], num_warps=1,
+    requests, kv_heads, _ = key.shape
+    variant = constants.rows(Model.of(kv_cache, query.shape[1] // kv_heads))
+    launch(
+        store_token_kernel, (requests, kv_heads),
+        (Tokens.of(query), Tokens.of(key), Tokens.of(value), Pages.of(kv_cache, table), live, ring),
+        variant._replace(warps=1),
     )  # fmt: skip

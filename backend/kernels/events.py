@@ -44,8 +44,8 @@ class Kind(NamedTuple):
 class EventRows(NamedTuple):
     """An event's rows; offsets into ids and operations are its own.
 
-    ops int32 [n, OP], in the order of rounds int32 [m, 2]; runs int32 [k, 2] of its ids, those of
-    the result from id `final` on.
+    ops [n] of `tables.OP`, in the order of rounds [m] of `tables.ROUND`; runs int32 [k, 2] of its
+    ids, those of the result from id `final` on.
     """
 
     ops: np.ndarray
@@ -81,13 +81,13 @@ def build(event: Event, width: int) -> EventRows:
     order = [(0, base, 0)]  # runs of the slots: first id, count, depth
     runs: list[int] = []
     planned: list[tuple[int, bool, int]] = []  # depth, whether alone in its round, index
-    rows: list[tuple[int, ...]] = []
+    rows: list[tables.Op] = []
     ids, following, longest = 0, base, 0
     for index, (kind, start, length, _, seen) in enumerate(event.ops):
         kept = 1 if kind == DRAW else length // 2
         depth = _replace(order, start, length, following, kept, runs)
         planned.append((depth, kind == DRAW or length > TILE_POINTS, index))
-        rows.append((kind, length, seen, index, ids, following))
+        rows.append(tables.Op(kind, length, seen, index, ids, following))
         ids += length
         following += kept
         if kind != DRAW and length > longest:
@@ -101,13 +101,11 @@ def build(event: Event, width: int) -> EventRows:
     for _, _, index in planned:
         ops += rows[index]
     return EventRows(
-        _rows(ops, tables.OP), _rows(_rounds(planned, width), 2), _rows(runs, 2), ids + after, ids,
-        base, after, following - base, longest,
+        np.array(ops, np.int32).view(tables.OP),
+        np.array(_rounds(planned, width), np.int32).view(tables.ROUND),
+        np.array(runs, np.int32).reshape(-1, 2), ids + after, ids, base, after, following - base,
+        longest,
     )  # fmt: skip
-
-
-def _rows(flat: list[int], columns: int) -> np.ndarray:
-    return np.array(flat, np.int32).reshape(-1, columns)
 
 
 def _replace(

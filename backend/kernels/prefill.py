@@ -9,24 +9,35 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from . import columns
-from .launch import kernel
-from .rows import request_slots, slot_rows, wait_until, wide
+from . import constants
+from .arguments import Source, Tables, Tokens, Work
+from .columns import REQUEST, TILE
+from .constants import Model
+from .launch import Launch, kernel, launch
+from .plan import StepPlan
+from .rows import slot_rows, source_slots, wide
+from .team import wait_until
+
+_LOG2E = 1.4426950408889634
 
 
 @triton.jit
 def attend_tile(
-    b_q, b_acc, b_most, b_sum, p_k, s_value, b_bias, m_seen, o_d, m_d, scale2,
-    D: tl.constexpr, D_PAD: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr,
+    b_q, b_acc, b_most, b_sum, i_slot, slots, b_bias, m_seen, scale2, C: tl.constexpr,
+    WEIGHTED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One step of the running softmax, base 2: keys and values at rows p_k [N]."""
+    """One step of the running softmax, base 2, over slots i_slot [N]."""
+    o_d = tl.arange(0, C.padded)
+    m_d = (o_d < C.size)[None, :]
+    p_k = slot_rows(i_slot, slots, 0)
     # The tensor cores' parts of wider fp32 rows do not fit in shared memory.
-    PRECISION: tl.constexpr = "tf32x3" if D_PAD <= 128 else "ieee"
-    if D == D_PAD:
+    PRECISION: tl.constexpr = "tf32x3" if C.padded <= 128 else "ieee"
+    if C.size == C.padded:
         b_k = tl.load(p_k[:, None] + o_d[None, :])
     else:
-        b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
+        b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_d, other=0.0)
     b_score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale2
     if WEIGHTED:
         b_score += b_bias[None, :]
@@ -36,10 +47,10 @@ def attend_tile(
     b_share = tl.exp2(b_score - b_new[:, None])
     b_fade = tl.exp2(b_most - b_new)
     b_sum = b_sum * b_fade + tl.sum(b_share, 1)
-    if D == D_PAD:
-        b_v = tl.load(p_k[:, None] + s_value + o_d[None, :])
+    if C.size == C.padded:
+        b_v = tl.load(p_k[:, None] + slots.value + o_d[None, :])
     else:
-        b_v = tl.load(p_k[:, None] + s_value + o_d[None, :], mask=m_d[None, :], other=0.0)
+        b_v = tl.load(p_k[:, None] + slots.value + o_d[None, :], mask=m_d, other=0.0)
     b_acc = b_acc * b_fade[:, None]
     b_acc = tl.dot(b_share.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
     return b_acc, b_new, b_sum
@@ -47,77 +58,83 @@ def attend_tile(
 
 @kernel
 def prefill_kernel(
-    query, pages, items, requests, lists, bias,
+    query: Tokens, output: Tokens, source: Source, tables: Tables,
+    lists,
     progress,  # int32 [R, H]: lists that are written
-    output,  # out, as query
-    s_query: tl.int32, s_query_head: tl.int32, s_output: tl.int32, s_output_head: tl.int32,
-    s_value: tl.int64, s_head: tl.int64, s_slot: tl.int32, scale2,
-    heads: tl.int32, origin: tl.int32,
+    scale2: float, heads: tl.int32,
     wait: tl.int32,  # whether lists are written while this runs
-    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
     # Heads first: programs start in the order in which the lists are written.
-    i_head, item = tl.program_id(0), items + tl.program_id(1) * columns.TILE
-    row, count = tl.load(item + columns.TILE_ROW), tl.load(item + columns.TILE_TOKENS)
-    stored, p_bias = tl.load(item + columns.TILE_STORED), bias + tl.load(item + columns.TILE_BIAS)
-    recent, last = tl.load(item + columns.TILE_RECENT), tl.load(item + columns.TILE_LAST)
-    i_request = tl.load(item + columns.TILE_REQUEST)
-    request = requests + i_request * columns.REQUEST
-    p_slots = request_slots(pages, request, i_head, s_head, s_slot, origin, 0)
-    p_list = lists + tl.load(item + columns.TILE_LIST).to(tl.int64) * heads
-    p_list += i_head * tl.load(request + columns.WIDTH)
-    needed = tl.load(item + columns.TILE_NEEDED)
+    i_head, tile = tl.program_id(0), tables.tiles + tl.program_id(1) * TILE.words
+    row, count = tl.load(tile + TILE.row), tl.load(tile + TILE.tokens)
+    stored, p_bias = tl.load(tile + TILE.stored), tables.bias + tl.load(tile + TILE.bias)
+    recent, last = tl.load(tile + TILE.recent), tl.load(tile + TILE.last)
+    i_request = tl.load(tile + TILE.request)
+    request = tables.requests + i_request * REQUEST.words
+    slots = source_slots(source.data, source, request, i_head, 0)
+    p_list = lists + tl.load(tile + TILE.list).to(tl.int64) * heads
+    p_list += i_head * tl.load(request + REQUEST.width)
+    needed = tl.load(tile + TILE.needed)
     if needed * wait > 0:
         wait_until(progress + i_request * heads + i_head, needed)
 
-    s_value = wide(s_value)
-    o_m, o_n, o_d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, D_PAD)
-    m_d = o_d < D
-    i_token = o_m // GROUP
-    m_row = i_token < count
-    o_row = (row + i_token).to(tl.int64)
-    i_query_head = i_head * GROUP + o_m % GROUP
-    p_query = query + o_row * wide(s_query)
-    p_query += i_query_head * wide(s_query_head)
-    b_q = tl.load(p_query[:, None] + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
-    b_acc = tl.zeros([M, D_PAD], tl.float32)
-    b_most = tl.full([M], -1.0e30, tl.float32)
-    b_sum = tl.zeros([M], tl.float32)
-    for first in range(0, stored, N):
+    o_m, o_d = tl.arange(0, C.rows), tl.arange(0, C.padded)
+    m = (o_m // C.group < count)[:, None] & (o_d < C.size)[None, :]
+    o_row = (row + o_m // C.group).to(tl.int64)
+    i_query_head = i_head * C.group + o_m % C.group
+    p_query = query.data + o_row * wide(query.token)
+    p_query += i_query_head * wide(query.head)
+    b_q = tl.load(p_query[:, None] + o_d[None, :], mask=m, other=0.0)
+    b_acc, b_most, b_sum = attend_stored(b_q, slots, p_list, p_bias, stored, scale2, C)
+    b_acc, b_sum = attend_recent(
+        b_q, b_acc, b_most, b_sum, slots, recent, last, count, scale2, C
+    )  # fmt: skip
+    p_output = output.data + o_row * wide(output.token)
+    p_output += i_query_head * wide(output.head)
+    b_acc = (b_acc / b_sum[:, None]).to(output.data.dtype.element_ty)
+    tl.store(p_output[:, None] + o_d[None, :], b_acc, mask=m)
+
+
+@triton.jit
+def attend_stored(b_q, slots, p_list, p_bias, stored, scale2, C: tl.constexpr):
+    """The running softmax over the stored slots -> numerators, maxima and sums of a tile's rows."""
+    o_n = tl.arange(0, C.block)
+    b_acc = tl.zeros([C.rows, C.padded], tl.float32)
+    b_most = tl.full([C.rows], -1.0e30, tl.float32)
+    b_sum = tl.zeros([C.rows], tl.float32)
+    for first in range(0, stored, C.block):
         i_slot = first + o_n
         m_slot = i_slot < stored
         i_source = tl.load(p_list + i_slot, mask=m_slot, other=0)
         b_bias = tl.load(p_bias + i_slot, mask=m_slot, other=-1.0e30)
-        p_k = slot_rows(i_source, p_slots, lists, 0, s_slot, 0)
         b_acc, b_most, b_sum = attend_tile(
-            b_q, b_acc, b_most, b_sum, p_k, s_value, b_bias, m_row[:, None], o_d, m_d, scale2,
-            D, D_PAD, True, False,
+            b_q, b_acc, b_most, b_sum, i_source, slots, b_bias, m_slot[None, :], scale2, C,
+            True, False,
         )  # fmt: skip
-    # Tiles that every row of the query tile sees whole, then the diagonal ones.
-    whole = recent + (last + 1 - recent) // N * N
-    for first in range(recent, whole, N):
-        p_k = slot_rows(first + o_n, p_slots, lists, 0, s_slot, 0)
+    return b_acc, b_most, b_sum
+
+
+@triton.jit
+def attend_recent(
+    b_q, b_acc, b_most, b_sum, slots, recent, last, count, scale2, C: tl.constexpr
+):  # fmt: skip
+    """Over the exact tokens from source index `recent` on: those that every row of the query tile
+    sees, then the diagonal, in which `last` is the first query's own."""
+    o_n, i_token = tl.arange(0, C.block), tl.arange(0, C.rows) // C.group
+    whole = recent + (last + 1 - recent) // C.block * C.block
+    for first in range(recent, whole, C.block):
         b_acc, b_most, b_sum = attend_tile(
-            b_q, b_acc, b_most, b_sum, p_k, s_value, b_sum, m_row[:, None], o_d, m_d, scale2,
-            D, D_PAD, False, False,
+            b_q, b_acc, b_most, b_sum, first + o_n, slots, b_sum, b_sum, scale2, C, False, False
         )  # fmt: skip
-    for first in range(whole, last + count, N):
+    for first in range(whole, last + count, C.block):
         i_source = first + o_n
         m_seen = i_source[None, :] <= last + i_token[:, None]
-        i_source = tl.minimum(i_source, last + count - 1)
-        p_k = slot_rows(i_source, p_slots, lists, 0, s_slot, 0)
         b_acc, b_most, b_sum = attend_tile(
-            b_q, b_acc, b_most, b_sum, p_k, s_value, b_sum, m_seen, o_d, m_d, scale2,
-            D, D_PAD, False, True,
+            b_q, b_acc, b_most, b_sum, tl.minimum(i_source, last + count - 1), slots, b_sum,
+            m_seen, scale2, C, False, True,
         )  # fmt: skip
-    p_output = output + o_row * wide(s_output)
-    p_output += i_query_head * wide(s_output_head)
-    b_acc = b_acc / b_sum[:, None]
-    tl.store(
-        p_output[:, None] + o_d[None, :], b_acc.to(output.dtype.element_ty),
-        mask=m_row[:, None] & m_d[None, :],
-    )  # fmt: skip
+    return b_acc, b_sum
 
 
 @kernel
@@ -125,3 +142,29 @@ def wait_started_kernel(counters, programs: tl.int32):
     """Return once the compaction's programs run: attention, which waits for their lists, must not
     take the multiprocessors that they need."""
     wait_until(counters, programs)
+
+
+def attend_chunks(
+    step: StepPlan, query: Tensor, source: Source, lists: Tensor, heads: int, scale: float,
+    output: Tensor, running: Work | None = None, variant: Launch | None = None,
+) -> None:  # fmt: skip
+    """Every token's attention over the state valid at its position, one launch; `heads`: KV heads.
+
+    `running`: a compaction that may not have ended; a query tile then waits for its list.
+    """
+    if not step.tiles:
+        return
+    if variant is None:
+        model = Model(query.shape[2], query.shape[1] // heads, query.element_size(), 0)
+        variant = constants.prefill(model)
+    if running:
+        launch(wait_started_kernel, (1,), (running.counters, len(running.scratch)), Launch(warps=1))
+    progress = running.progress if running else lists
+    launch(
+        prefill_kernel, (heads, step.tiles),
+        (
+            Tokens.of(query), Tokens.of(output), source, step.tables, lists, progress,
+            scale * _LOG2E, heads, int(running is not None),
+        ),
+        variant,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Device functions shared by the kernels: random bits and where an entry's key and value lie.
+"""Device functions shared by the kernels: random bits, and where keys and values lie.
 
 An entry of a request is named by its *source index*: [0, old) are the live slots that the request
 held before the step, old + t is token t of the step.  A step with new tokens reads them where they
@@ -9,8 +9,16 @@ indices, and nothing moves while events are worked off.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+from express_vllm.layout import RING_ROWS
+
+from .columns import REQUEST
+
+ROWS = tl.constexpr(RING_ROWS)
 
 
 @triton.jit
@@ -45,44 +53,68 @@ def wide(n):
     return (n >> 3) << 3
 
 
+class Slots(NamedTuple):
+    """Slots of a request, layer and KV head, for `slot_rows`."""
+
+    first: Any  # pointer to slot 0, in page 0
+    blocks: Any  # pointer to the block-table row; unused where slots are consecutive
+    page: Any  # strides
+    slot: Any
+    value: Any  # elements from a key to its value
+
+
 @triton.jit
-def slot_rows(i_slot, p_slots, p_table, s_page, s_slot, BLOCK_SIZE: tl.constexpr):
+def page_slots(pages, i_row, i_head, D: tl.constexpr):
+    """A request's slots in its pages (`Pages`), by block-table row."""
+    return Slots(
+        pages.data + i_head * wide(pages.head), pages.table + i_row * pages.blocks, pages.page,
+        pages.slot, D,
+    )  # fmt: skip
+
+
+@triton.jit
+def source_slots(data, source, request, i_head, BLOCK_SIZE: tl.constexpr):
+    """A request's slots in a step's `Source`, whose layer begins at `data`.  Slot 0 is in page 0,
+    or in the row that the request's field `origin` names (dense: of the step's copy, token: of the
+    batch)."""
+    first = data + i_head * wide(source.head)
+    if BLOCK_SIZE == 0:
+        first += tl.load(request + source.origin) * wide(source.slot)
+    p_blocks = source.table + tl.load(request + REQUEST.blocks) * source.blocks
+    return Slots(first, p_blocks, source.page, source.slot, wide(source.value))
+
+
+@triton.jit
+def slot_rows(i_slot, slots, BLOCK_SIZE: tl.constexpr):
     """Pointers [N] to the first element of a request's slots: its key.
 
-    p_slots: this layer's and head's slot 0 of page 0; p_table: the block-table row.  BLOCK_SIZE 0:
-    consecutive slots.  Strides are multiples of 8 (head sizes are), so that rows load wide.
+    BLOCK_SIZE 0: consecutive slots.  Strides are multiples of 8 (head sizes are), so that rows load
+    wide.
     """
-    s_slot = wide(s_slot)
+    s_slot = wide(slots.slot)
     if BLOCK_SIZE == 0:
-        p_row = p_slots + i_slot.to(tl.int64) * s_slot
+        p_row = slots.first + i_slot.to(tl.int64) * s_slot
     else:
-        i_page = tl.load(p_table + i_slot // BLOCK_SIZE).to(tl.int64)
-        p_row = p_slots + i_page * wide(s_page) + (i_slot % BLOCK_SIZE) * s_slot
+        i_page = tl.load(slots.blocks + i_slot // BLOCK_SIZE).to(tl.int64)
+        p_row = slots.first + i_page * wide(slots.page) + (i_slot % BLOCK_SIZE) * s_slot
     return p_row
 
 
 @triton.jit
-def request_slots(pages, request, i_head, s_head, s_slot, origin, BLOCK_SIZE: tl.constexpr):
-    """Slot 0 of a request: in page 0, or in the row that its column `origin` names (DENSE: of the
-    step's dense copy, TOKEN: of the batch)."""
-    p_slots = pages + i_head * wide(s_head)
-    if BLOCK_SIZE == 0:
-        p_slots += tl.load(request + origin) * wide(s_slot)
-    return p_slots
+def load_queries(query, i_token, i_head, m, dtype, C: tl.constexpr):
+    """Query rows of an event, as stored: tokens [ROWS] of a KV head -> [ROWS, d].  The heads of the
+    group take turns."""
+    o_r, o_d = tl.arange(0, ROWS), tl.arange(0, C.padded)
+    p_query = query.data + i_token * wide(query.token)
+    p_query += i_head * C.group * wide(query.head)
+    p_query += (o_r % C.group) * wide(query.head)
+    m_row = m[:, None] & (o_d < C.size)[None, :]
+    return tl.load(p_query[:, None] + o_d[None, :], mask=m_row, other=0.0).to(dtype)
 
 
 @triton.jit
-def wait_until(p_count, target):
-    """Wait until another program has counted up to `target`; what it wrote before can be read."""
-    while acquire(p_count) < target:
-        pass
-    tl.debug_barrier()
-
-
-@triton.jit
-def acquire(p_count):
-    """int32 at p_count, by a load: Triton orders only atomics like this, and they take longer."""
-    return tl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [p_count.to(tl.int64)], dtype=tl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
+def ring_rows(slots, ring, m, C: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Pointers [ROWS] to the query rows of a ring whose first slot is `ring`: two in a slot."""
+    o_r = tl.arange(0, ROWS)
+    p_row = slot_rows(tl.where(m, ring + o_r // 2, 0), slots, BLOCK_SIZE)
+    return p_row + (o_r % 2) * C.size

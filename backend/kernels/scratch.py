@@ -21,7 +21,7 @@ from . import constants, tables
 from .constants import SLICES, Model
 from .events import ROUND_HALVINGS, TILE_POINTS, Kind, round_width
 from .memory import aligned
-from .plan import Extent, Span, cdiv
+from .span import Extent, Span, cdiv
 
 #: Least bytes of a workspace: plans of usual budgets are not cut.
 LEAST = 256 << 20
@@ -259,4 +259,4 @@ def table_bytes(slots: int, tokens: int, shape: Shape | None) -> int:
     """Of the tables of a step with `tokens` tokens, for layers whose largest budget has `shape`: at
     most an id and a log2 weight for each live slot of each event."""
     events = cdiv(tokens, shape.interval) + 1 if shape else 1
-    return 12 * slots * events + 4 * tables.TILE * tokens
+    return 12 * slots * events + tables.TILE.itemsize * tokens

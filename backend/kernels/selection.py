@@ -9,120 +9,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from express_vllm.layout import RING_ROWS
+from .rows import ROWS, slot_rows
+from .scores import LOW
 
-from . import columns
-from .launch import kernel
-from .pages import query_rows
-from .rows import request_slots, slot_rows, wide
-
-ROWS = tl.constexpr(RING_ROWS)
-LOW = tl.constexpr(-1.0e30)
 #: Thresholds that one pass of `largest` tries, and its shift while they are octaves.
 _TRIES, _OCTAVES = tl.constexpr(16), tl.constexpr(31)
 
 
-@kernel
-def score_recent_kernel(
-    query, ring_pages,  # the step's queries; the cache, whose last slots hold earlier query rows
-    rows,  # out [L, I, H, ROWS, D]: query rows of every event instance
-    score,  # fp32 out [L, H * scored, ROWS]: an event's [H, ROOM, ROWS] at H * SCORE
-    peak, total,  # fp32 out [L, I, H, ROWS]
-    requests, events,
-    pages, layer_offsets, table,
-    s_query: tl.int32, s_query_head: tl.int32, s_ring_page: tl.int64, s_ring_head: tl.int64,
-    s_ring_slot: tl.int32,
-    s_page: tl.int64, s_head: tl.int64, s_slot: tl.int32, s_table: tl.int32,
-    scale, heads: tl.int32, count: tl.int32, scored: tl.int32, origin: tl.int32,
-    D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, RING_BLOCK: tl.constexpr, HAS_NEW: tl.constexpr,
-):  # fmt: skip
-    """An event's query rows, their attention scores on its incoming tokens, and the maximum and sum
-    of exponentials over all its recent tokens, causal."""
-    i_instance, i_head, i_layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    header = events + i_instance * columns.EVENT
-    request = requests + tl.load(header + columns.OWNER) * columns.REQUEST
-    position, stored = tl.load(header + columns.POSITION), tl.load(header + columns.STORED)
-    incoming, live = tl.load(header + columns.INCOMING), tl.load(header + columns.LIVE)
-    recent = (tl.load(request + columns.SHIFT) + position - live).to(
-        tl.int32
-    )  # source index - slot
-    p_table = table + tl.load(request + columns.TABLE) * s_table
-    layer_offset = tl.multiple_of(tl.load(layer_offsets + i_layer), 16)
-    p_slots = request_slots(
-        pages + layer_offset, request, i_head, s_head, s_slot, origin, BLOCK_SIZE
-    )
-
-    o_r, o_d = tl.arange(0, ROWS), tl.arange(0, D_PAD)
-    m_d = o_d < D
-    # From the ring the rows before the step, from the step the others.
-    kept = tl.load(header + columns.KEPT)
-    m_ring = o_r < kept
-    ring = tl.load(request + columns.RING).to(tl.int32)
-    p_ring = slot_rows(
-        tl.where(m_ring, ring + o_r // 2, 0),
-        ring_pages + layer_offset + i_head * wide(s_ring_head), p_table, s_ring_page, s_ring_slot,
-        RING_BLOCK,
-    )  # fmt: skip
-    p_ring += (o_r % 2) * D
-    b_q = tl.load(p_ring[:, None] + o_d[None, :], mask=m_ring[:, None] & m_d[None, :], other=0.0)
-    if HAS_NEW:
-        i_token = (tl.load(header + columns.QUERY) + o_r).to(tl.int64)
-        p_query = query + i_token * wide(s_query)
-        p_query += i_head * GROUP * wide(s_query_head)
-        b_new_q = query_rows(
-            p_query, o_r >= kept, s_query_head, o_r, o_d, m_d, GROUP, b_q.dtype
-        )  # fmt: skip
-        b_q = tl.where(m_ring[:, None], b_q, b_new_q)
-    i_row = ((i_layer * count + i_instance).to(tl.int64) * heads + i_head) * ROWS
-    tl.store(rows + (i_row + o_r[:, None]) * D + o_d[None, :], b_q, mask=m_d[None, :])
-    i_score = (i_layer.to(tl.int64) * scored + tl.load(header + columns.SCORE)) * heads
-    i_score += i_head * tl.load(header + columns.ROOM)
-    p_score = score + i_score * ROWS
-    heavy = tl.load(header + columns.HEAVY)
-    b_peak = tl.full([ROWS, BLOCK], LOW, tl.float32)
-    b_total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in range(stored, live, BLOCK):
-        i_slot = first + tl.arange(0, BLOCK)
-        m_slot = i_slot < live
-        p_k = slot_rows(
-            tl.where(m_slot, i_slot, stored) + recent, p_slots, p_table, s_page, s_slot, BLOCK_SIZE
-        )
-        b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
-        b_score = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * scale
-        m_seen = i_slot[None, :] <= live - ROWS + o_r[:, None]
-        b_score = tl.where(m_seen, b_score, LOW)
-        i_candidate = heavy + i_slot - stored
-        p_here = p_score + i_candidate[None, :] * ROWS + o_r[:, None]
-        tl.store(p_here, b_score, mask=(i_slot < stored + incoming)[None, :])
-        b_new = tl.maximum(b_peak, b_score)
-        b_total = b_total * tl.exp(b_peak - b_new) + tl.where(m_seen, tl.exp(b_score - b_new), 0.0)
-        b_peak = b_new
-    b_most = tl.max(b_peak, 1)
-    tl.store(peak + i_row + o_r, b_most)
-    tl.store(total + i_row + o_r, tl.sum(b_total * tl.exp(b_peak - b_most[:, None]), 1))
-
-
 @triton.jit
 def score_stored(
-    b_q, p_virtual, p_bias, p_slots, p_table, s_page, s_slot, p_score, p_part, scale, member,
-    team, stored, sinks, heavy,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    b_q, p_virtual, p_bias, slots, p_score, p_part, scale, team, stored, sinks, heavy,
+    C: tl.constexpr,
 ):  # fmt: skip
     """A member's share of the stored slots: scores of the heavy hitters, and for each of its slices
-    (every SLICES-th tile) the maximum and sum of exponentials, [SLICES, 2, ROWS] at p_part."""
-    o_r, o_d, o_n = tl.arange(0, ROWS), tl.arange(0, D_PAD), tl.arange(0, BLOCK)
-    m_d = o_d < D
-    for i_slice in range(member, SLICES, team):
-        b_peak = tl.full([ROWS, BLOCK], LOW, tl.float32)
-        b_total = tl.zeros([ROWS, BLOCK], tl.float32)
-        for first in range(i_slice * BLOCK, stored, SLICES * BLOCK):
+    (every slices-th tile) the maximum and sum of exponentials, [slices, 2, ROWS] at p_part."""
+    o_r, o_d, o_n = tl.arange(0, ROWS), tl.arange(0, C.padded), tl.arange(0, C.block)
+    m_d = o_d < C.size
+    for i_slice in range(team.member, C.slices, team.size):
+        b_peak = tl.full([ROWS, C.block], LOW, tl.float32)
+        b_total = tl.zeros([ROWS, C.block], tl.float32)
+        for first in range(i_slice * C.block, stored, C.slices * C.block):
             i_slot = first + o_n
             m_slot = i_slot < stored
             i_source = tl.load(p_virtual + i_slot, mask=m_slot, other=0)
             b_bias = tl.load(p_bias + i_slot, mask=m_slot, other=0.0)
-            p_k = slot_rows(i_source, p_slots, p_table, s_page, s_slot, BLOCK_SIZE)
+            p_k = slot_rows(i_source, slots, C.block_size)
             b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
             b_score = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * scale
             b_score += b_bias[None, :] * 0.6931471805599453
@@ -144,19 +55,19 @@ def score_stored(
 
 @triton.jit
 def weigh(
-    p_score, p_part, p_near, p_near_total, p_bits, candidates, member, team,
-    C: tl.constexpr, SHARE: tl.constexpr, SLICES: tl.constexpr,
+    p_score, p_part, p_near, p_near_total, p_bits, candidates, team, C: tl.constexpr
 ):  # fmt: skip
     """A member's share of the candidates' attention masses, to p_bits: int32, -1 up to a multiple
-    of C, SHARE at a time.  Non-negative floats sort as their bits do."""
-    o_r, o_s, o_c = tl.arange(0, ROWS), tl.arange(0, SLICES), tl.arange(0, SHARE)
+    of `C.candidates`, `C.share` at a time.  Non-negative floats sort as their bits do."""
+    o_r, o_s, o_c = tl.arange(0, ROWS), tl.arange(0, C.slices), tl.arange(0, C.share)
     p_here = p_part + o_s[None, :] * (2 * ROWS) + o_r[:, None]
     b_tops, b_sums = tl.load(p_here), tl.load(p_here + ROWS)
     b_near, b_near_total = tl.load(p_near + o_r), tl.load(p_near_total + o_r)
     b_most = tl.maximum(tl.max(b_tops, 1), b_near)
     b_sum = tl.sum(b_sums * tl.exp(b_tops - b_most[:, None]), 1)
     b_share = 1.0 / (b_sum + b_near_total * tl.exp(b_near - b_most))
-    for first in range(member * SHARE, tl.cdiv(candidates, C) * C, team * SHARE):
+    end = tl.cdiv(candidates, C.candidates) * C.candidates
+    for first in range(team.member * C.share, end, team.size * C.share):
         i_candidate = first + o_c
         p_mine = p_score + i_candidate[:, None] * ROWS + o_r[None, :]
         b_mine = tl.load(p_mine, mask=(i_candidate < candidates)[:, None], other=LOW)
@@ -167,13 +78,13 @@ def weigh(
 
 @triton.jit
 def choose_heavy(
-    p_bits, p_virtual, recent, stored, incoming, sinks, heavy, C: tl.constexpr,
+    p_bits, p_virtual, recent, stored, incoming, sinks, heavy, C: tl.constexpr
 ):  # fmt: skip
     """Rewrite the virtual ids of the heavy hitters and of the candidates that join the coreset.
 
-    p_bits: the candidates' masses (`weigh`); those of the first C stay in registers.
+    p_bits: the candidates' masses (`weigh`); those of the first `C.candidates` stay in registers.
     """
-    o_c = tl.arange(0, C)
+    o_c = tl.arange(0, C.candidates)
     candidates = heavy + incoming
     b_bits = tl.load(p_bits + o_c)
     threshold, count = largest(b_bits, p_bits, candidates, heavy, C)
@@ -181,11 +92,11 @@ def choose_heavy(
     room = heavy
     if count != heavy:
         room -= tl.sum((b_bits > threshold).to(tl.int32), 0)
-        for first in range(C, candidates, C):
+        for first in range(C.candidates, candidates, C.candidates):
             room -= tl.sum((tl.load(p_bits + first + o_c) > threshold).to(tl.int32), 0)
     tied = room * 0
     kept = tied
-    for first in range(0, candidates, C):
+    for first in range(0, candidates, C.candidates):
         if first > 0:
             b_bits = tl.load(p_bits + first + o_c)
         i_candidate = first + o_c
@@ -210,18 +121,18 @@ def choose_heavy(
 def largest(b_bits, p_bits, candidates, heavy, C: tl.constexpr):
     """A threshold t with as many masses at or above it as `heavy` asks, and that count.
 
-    b_bits: the first C candidates; p_bits: all others.  The first pass finds t's octave, if it lies
-    in [2^-13, 2), further ones four bits of t at a time.  It ends as soon as the count is met; if
-    ties prevent that, t is the `heavy`-th largest entry and the count is larger.
+    b_bits: the first `C.candidates`; p_bits: all others.  The first pass finds t's octave, if it
+    lies in [2^-13, 2), further ones four bits of t at a time.  It ends as soon as the count is met;
+    if ties prevent that, t is the `heavy`-th largest entry and the count is larger.
     """
-    o_c, o_try = tl.arange(0, C), tl.arange(0, _TRIES)
+    o_c, o_try = tl.arange(0, C.candidates), tl.arange(0, _TRIES)
     threshold = tl.full([], 0, tl.int32)
     count = candidates + threshold
     shift = tl.full([], _OCTAVES, tl.int32)
     b_try = tl.where(o_try > 0, (113 + o_try) << 23, 0)
     while (count != heavy) & (shift >= 0):
         b_count = tl.sum((b_bits[:, None] >= b_try[None, :]).to(tl.int32), 0)
-        for first in range(C, candidates, C):
+        for first in range(C.candidates, candidates, C.candidates):
             b_more = tl.load(p_bits + first + o_c)
             b_count += tl.sum((b_more[:, None] >= b_try[None, :]).to(tl.int32), 0)
         # The last try that enough masses reach: counts fall along the tries.

@@ -1,39 +1,109 @@
-"""The columns of a step's device tables, as the host fills them; `columns.py` is the kernels' view.
+"""The records of a step's device tables, as the host fills them; `columns.py` is the kernels' view.
 
 A step has one table of its *requests*, one of their *events* (each request's follow one another),
 and one of its *query tiles*.  What an event does lies in four more arrays, which events with the
-same rows share (`events.py`): rounds [n, 2] (first operation, operations), operations, ids, and
-`bias`, the log2 weights of stored slots.
+same rows share (`events.py`): rounds, operations, ids, and `bias`, the log2 weights of stored
+slots.
+
+A record is a named tuple here, `dtype` of it is what an array holds: words of one type.
 """
 
 from __future__ import annotations
 
-#: A request, int64.  First row of its EVENTS in the event table (INSTANCE) and their number; OLD
-#: live slots before the step; SHIFT from a position to its source index; batch row of its first
-#: TOKEN; first row in the step's DENSE copy; seed words; block TABLE row; its lists: offset of the
-#: first LIST in units of all KV heads, entries of a list (WIDTH), entries KNOWN in the first one;
-#: then the state after the step: FINAL_STORED, FINAL_LIVE, token count STOP; first slot of the
-#: query RING (-1: none) and the position RING_FROM of its row 0.
-(INSTANCE, EVENTS, OLD, SHIFT, TOKEN, DENSE, SEED_LOW, SEED_HIGH, TABLE, LIST, WIDTH, KNOWN,
- FINAL_STORED, FINAL_LIVE, STOP, RING, RING_FROM) = range(17)  # fmt: skip
-REQUEST = 17
+from typing import Any, NamedTuple
 
-#: An event of a request, int32.  STORED: slots before the incoming tokens, LIVE: all live slots
-#: before the event, AFTER: slots before the exact recent ones after it; ROUND and FINAL are offsets
-#: into `rounds` and `ids`, BIAS into `bias`; SINKS and HEAVY hitters of its shape; OWNER: its
-#: request; KEPT of its query rows lie in the ring, QUERY: batch row of query row 0 (as if the step
-#: held all rows); SCORE: offset of its scores in candidates, of which it has ROOM for a KV head.
-(POSITION, STORED, INCOMING, LIVE, AFTER, ROUND, ROUNDS, FINAL, BIAS, SINKS, HEAVY, OWNER, KEPT,
- QUERY, SCORE, ROOM) = range(16)  # fmt: skip
-EVENT = 16
+import numpy as np
 
-#: An operation of an event, int32: INDEX feeds the random bits; INPUTS is an offset into `ids`.
-KIND, LENGTH, SEEN, INDEX, INPUTS, OUTPUT = range(6)
-OP = 6
 
-#: A query tile, int32: batch row of the first token and TOKENS; its list's offset (as LIST), stored
-#: slots, and offset of their log2 weights; source indices of the first exact token and of the
-#: first query's own token; request, and how many of its lists must be written.
-(TILE_ROW, TILE_TOKENS, TILE_LIST, TILE_STORED, TILE_BIAS, TILE_RECENT, TILE_LAST, TILE_REQUEST,
- TILE_NEEDED) = range(9)  # fmt: skip
-TILE = 9
+class Request(NamedTuple):
+    """int64."""
+
+    first_event: int  # in the event table
+    events: int
+    old: int  # live slots before the step
+    shift: int  # from a position to its source index
+    token: int  # batch row of its first token
+    dense: int  # first row in the step's dense copy
+    seed_low: int
+    seed_high: int
+    blocks: int  # block-table row
+    list: int  # offset of its first list, in units of all KV heads
+    width: int  # entries of a list
+    known: int  # entries in the first one
+    stored: int  # after the step, as are the next two
+    live: int
+    stop: int  # token count
+    ring: int  # first slot of the query ring; -1: none
+    ring_start: int  # position of its row 0
+
+
+class Event(NamedTuple):
+    """An event of a request, int32."""
+
+    position: int
+    stored: int  # slots before the incoming tokens
+    incoming: int
+    live: int  # all live slots before the event
+    after: int  # slots before the exact recent ones after it
+    round: int  # its first one
+    rounds: int
+    final: int  # offset of the result in `ids`
+    bias: int  # offset of the stored slots' log2 weights
+    sinks: int
+    heavy: int
+    request: int
+    kept: int  # query rows that lie in the ring
+    query: int  # batch row of query row 0, as if the step held all rows
+    score: int  # offset of its scores in candidates
+    room: int  # candidates that a KV head has room for
+
+
+class Round(NamedTuple):
+    """Operations of an event that read no output of each other, int32."""
+
+    first_op: int
+    ops: int
+
+
+class Op(NamedTuple):
+    """An operation of an event, int32."""
+
+    kind: int
+    length: int
+    seen: int
+    number: int  # feeds the random bits
+    inputs: int  # offset into `ids`
+    output: int  # first id
+
+
+class Tile(NamedTuple):
+    """A query tile, int32: consecutive tokens of a request between two events."""
+
+    row: int  # batch row of the first token
+    tokens: int
+    list: int  # offset, as a request's
+    stored: int  # slots
+    bias: int  # offset of their log2 weights
+    recent: int  # source index of the first exact token
+    last: int  # source index of the first query's own token
+    request: int
+    needed: int  # how many of the request's lists must be written
+
+
+def _dtype(record: Any, word: type[np.integer]) -> np.dtype:
+    return np.dtype([(name, word) for name in record._fields])
+
+
+REQUEST, EVENT = _dtype(Request, np.int64), _dtype(Event, np.int32)
+ROUND, OP, TILE = (_dtype(record, np.int32) for record in (Round, Op, Tile))
+
+
+def word(dtype: np.dtype) -> np.dtype:
+    """The type of a record's words, or of a plain array's."""
+    return dtype[0] if dtype.names else dtype
+
+
+def offsets(dtype: np.dtype) -> dict[str, int]:
+    """Of a record's fields, in words from its first one."""
+    size = word(dtype).itemsize
+    return {name: field[1] // size for name, field in (dtype.fields or {}).items()}

@@ -7,7 +7,7 @@ Requests arrive as a Poisson process that does not wait for answers (open loop).
 are sent twice, at the same times: with their budgets, and with mode `exact`. Both go to the same
 server, or the exact ones to --exact-url, which need not run express. The mix is chat, documents of
 8K to 32K tokens and long answers; --scale shrinks all lengths, by default so that they fit the
-model. Stored: bench/results/NAME.json and NAME.png.
+model. Stored: bench/results/speed/NAME.json and NAME.png.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def main() -> None:
             print(f"failed, {run_.name}: {error}")
     more = {"hardware": o.hardware} if o.hardware else {}
     path = save(
-        o.name, rows, **details, **more, by_kind=kinds, slo=dataclasses.asdict(objective),
+        f"speed/{o.name}", rows, **details, **more, by_kind=kinds,
+        slo=dataclasses.asdict(objective),
         requests={r.name: [dataclasses.asdict(x) for x in r.outcomes] for r in runs},
         metrics={r.name: r.points for r in runs},
     )  # fmt: skip
@@ -159,8 +160,8 @@ def main() -> None:
     title = (f"{details['model']}: {o.rounds} x {o.requests} requests at {o.rate}/s (Poisson), "
              f"lengths x {details['scale']}")  # fmt: skip
     try:
-        plot(runs, objective, RESULTS / f"{o.name}.png", title)
-        print(RESULTS / f"{o.name}.png")
+        plot(runs, objective, RESULTS / f"speed/{o.name}.png", title)
+        print(RESULTS / f"speed/{o.name}.png")
     except ImportError:
         print("no plot: pip install matplotlib")
 

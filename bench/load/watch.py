@@ -12,8 +12,8 @@ GAUGES = {
     "kv_cache_usage": "vllm:kv_cache_usage_perc",
     "running": "vllm:num_requests_running",
     "waiting": "vllm:num_requests_waiting",
-    "slots_held": "vllm:express_held_kv_tokens",
-    "slots_exact": "vllm:express_exact_kv_tokens",
+    "held_tokens": "vllm:express_held_kv_tokens",
+    "exact_tokens": "vllm:express_exact_kv_tokens",
 }
 PREEMPTIONS = "vllm:num_preemptions_total"
 

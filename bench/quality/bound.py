@@ -10,8 +10,10 @@ the error is that of the coreset.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from express_vllm.layout import layout_for, make_shape
 
+from .. import record
 from .caches import ExactCache
 from .harness import Heads
 from .policies import Policy
@@ -66,6 +69,17 @@ def measure(
                 })  # fmt: skip
                 progress.step()
     return rows
+
+
+def store() -> Path:
+    started = time.monotonic()
+    rows = measure()
+    return record.save(
+        "quality/bounds", rows, experiment="bound", model="no model", dtype="float32",
+        device="cpu", length=max(LENGTHS), documents=[],
+        versions=record.versions("express-vllm", "torch", "numba"),
+        seconds=round(time.monotonic() - started), stopped=[],
+    )  # fmt: skip
 
 
 def random_inputs(rank: int, length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,31 +8,38 @@ in the queries, keys and values too; its outputs are compared with the exact mod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .caches import ExactCache
 from .harness import Heads, LayerCache, Stream
-from .policies import Policy
+from .policies import Policy, every
 from .progress import Progress
+from .run import Result, Rows, Run
+
+FILE = "quality/attention-error"
+SPLIT = "report"
+BATCH = 1
+FULL = {"slots": [1024, 2048], "length": 8192, "first": 3072, "documents": 3,
+        "policies": ["express", "paper", "uniform", "streaming", "snapkv", "h2o"]}  # fmt: skip
+SMALL = {"slots": [512], "length": 3072, "first": 1536, "documents": 1,
+         "policies": ["express", "paper", "streaming", "snapkv"]}  # fmt: skip
 
 #: Of the compared positions one in so many is stored: what the exact outputs take in memory.
 STRIDE = 4
 
 
-def measure(
-    model: Any, heads: Heads, documents: dict[str, list[int]], policies: Sequence[Policy],
-    first: int, chunk: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+def measure(run: Run) -> Result:
     """A row per policy, slots and document: errors of all layers, both ways."""
-    length = len(next(iter(documents.values())))
-    steps = -(-length // chunk) * heads.layers * (1 + 2 * len(policies)) * len(documents)
-    rows = []
-    with Progress("error", steps) as progress:
-        for name, ids in documents.items():
-            tensor = torch.tensor([ids], device=model.device)
+    options, model, heads = run.options, run.model, run.heads
+    first, chunk = options.first, options.chunk
+    policies = [p for p in every(options.policies, options.slots) if p.name != "exact"]
+    a_document = -(-options.length // chunk) * heads.layers * (1 + 2 * len(policies))
+    rows: Rows = []
+    with Progress("error", a_document * len(run.documents)) as progress:
+        for name, ids in run.documents.items():
+            tensor = torch.tensor([ids[: options.length]], device=model.device)
             truth = _Truth(heads, policies, first, progress)
             caches = [ExactCache(heads) for _ in range(heads.layers)]
             Stream(model, caches, truth.watch, progress.step).feed(tensor, chunk)
@@ -46,7 +53,7 @@ def measure(
                     "policy": policy.label, "slots": policy.slots, "document": name,
                     "exact": truth.errors[i].means(), "streaming": streaming.means(),
                 })  # fmt: skip
-    return rows
+    return rows, {}
 
 
 class _Mean:

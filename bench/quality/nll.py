@@ -2,49 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .harness import Heads, Stream, log_probabilities
-from .policies import Policy, seeded
+from .harness import Stream, log_probabilities
+from .policies import USUAL, Policy, every
 from .progress import Progress
+from .run import Result, Rows, Run
 
+FILE = "quality/likelihood"
+SPLIT = "report"
+BATCH = 64
+# Few evictions first: a small budget takes the longest.
+FULL = {"slots": [2048, 1024, 512], "length": 8192, "first": 2048, "seeds": [0, 1],
+        "policies": USUAL}  # fmt: skip
+SMALL = {"slots": [512], "length": 3072, "first": 1024, "documents": 3, "seeds": [0],
+         "policies": USUAL}  # fmt: skip
 #: Means are also stored for parts of the positions of this many tokens.
 BUCKET = 1024
 
 
-def measure(
-    model: Any, heads: Heads, documents: dict[str, list[int]], policies: Sequence[Policy],
-    seeds: Sequence[int], first: int, chunk: int, batch: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+def measure(run: Run) -> Result:
+    return losses(run, every(run.options.policies, run.options.slots)), {}
+
+
+def losses(run: Run, policies: Sequence[Policy]) -> Rows:
     """A row per policy, slots, seed and document."""
-    runs = [(p, s) for p in policies for s in (seeds if seeded(p) else seeds[:1])]
-    groups = list(_groups(documents, batch))
-    length = len(next(iter(documents.values())))
-    chunks = -(-(length - 1) // chunk)
+    options, seeds, layers = run.options, run.options.seeds, run.heads.layers
+    cases = [(p, s) for p in policies for s in (seeds if p.method.seeded else seeds[:1])]
+    batches = list(run.batches(options.length))
+    chunks = -(-(options.length - 1) // options.chunk)
     rows = []
-    with Progress("nll", len(runs) * len(groups) * heads.layers * chunks) as progress:
-        for policy, seed in runs:
-            for names, ids in groups:
-                ids = ids.to(model.device)
-                stream = Stream(model, policy.caches(heads, seed), tick=progress.step)
+    with Progress("nll", len(cases) * len(batches) * layers * chunks) as progress:
+        for policy, seed in cases:
+            for names, ids in batches:
+                stream = Stream(run.model, policy.caches(run.heads, seed), tick=progress.step)
                 progress.say(f"{policy.label} {policy.slots}")
-                hidden = stream.feed(ids[:, :-1], chunk)
-                found, _ = log_probabilities(model, hidden, ids[:, 1:])
+                hidden = stream.feed(ids[:, :-1], options.chunk)
+                found, _ = log_probabilities(run.model, hidden, ids[:, 1:])
                 _check_peak(policy, stream)
                 for name, row in zip(names, -found.double().cpu(), strict=True):
-                    rows.append(_row(policy, seed, name, row, first, stream.peak))
+                    rows.append(_row(policy, seed, name, row, options.first, stream.peak))
     return rows
-
-
-def _groups(documents: dict[str, list[int]], batch: int) -> Iterable[tuple[list[str], Tensor]]:
-    names = list(documents)
-    for at in range(0, len(names), batch):
-        part = names[at : at + batch]
-        yield part, torch.tensor([documents[name] for name in part])
 
 
 def _check_peak(policy: Policy, stream: Stream) -> None:

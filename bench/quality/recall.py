@@ -16,10 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .harness import Heads, Stream, log_probabilities
-from .policies import Policy
+from .harness import Stream, log_probabilities
+from .policies import DEFAULT, USUAL, Policy, every
 from .progress import Progress
+from .run import Result, Rows, Run
 
+FILE = "quality/recall"
+SPLIT = "report"
+BATCH = 64
+FULL = {"slots": [1024, 2048], "length": 8192, "depths": (0.1, 0.5, 0.9),
+        "policies": [*(n for n in USUAL if n != "random"), "express:profile=even"]}  # fmt: skip
+SMALL = {"slots": [1024], "length": 3072, "depths": (0.5,), "documents": 2,
+         "policies": ["exact", DEFAULT, "express", "express:profile=even", "streaming",
+                      "snapkv"]}  # fmt: skip
+#: Tokens of a repeated passage, and how far from its second occurrence the first may lie.
+PASSAGE = 96
+DISTANCES = (6000, 3000, 1500)
+#: Room for an answer: its tokens must fit the model's context too.
+ANSWER = 8
 #: Wrong answers beside the right one.
 DISTRACTORS = 7
 DIGITS = 6
@@ -124,27 +138,32 @@ def answer(stream: Stream, model: Any, cases: Sequence[Case], chunk: int) -> lis
     ]  # fmt: skip
 
 
-def measure(
-    model: Any, heads: Heads, tokenize: Tokenize, documents: dict[str, list[int]],
-    policies: Sequence[Policy], lengths: Sequence[int], depths: Sequence[float], chunk: int,
-    batch: int, tasks: Sequence[str] = tuple(TASKS),
-) -> list[dict[str, Any]]:  # fmt: skip
-    """A row per policy, slots, task, length, depth and document."""
-    names = list(documents)
-    places = [(depth, name) for depth in depths for name in names]
-    groups = [places[at : at + batch] for at in range(0, len(places), batch)]
-    answers = (1 + DISTRACTORS) * heads.layers
-    steps = sum(-(-n // chunk) * heads.layers + answers for n in lengths)
-    rows = []
+def measure(run: Run) -> Result:
+    options = run.options
+    policies = every(options.policies, options.slots)
+    rows: Rows = []
+    if "repeated" in options.tasks:
+        rows += repetitions(run, policies)
+    return rows + answers(run, policies, [t for t in TASKS if t in options.tasks]), {}
+
+
+def answers(run: Run, policies: Sequence[Policy], tasks: Sequence[str]) -> Rows:
+    """A row per policy, slots, task, depth and document."""
+    options, layers, names = run.options, run.heads.layers, list(run.documents)
+    length = options.length - ANSWER
+    places = [(depth, name) for depth in options.depths for name in names]
+    groups = [places[at : at + options.batch] for at in range(0, len(places), options.batch)]
+    steps = (-(-length // options.chunk) + 1 + DISTRACTORS) * layers
+    rows: Rows = []
     with Progress("recall", steps * len(policies) * len(tasks) * len(groups)) as progress:
-        for policy, task, length, group in product(policies, tasks, lengths, groups):
-            progress.say(f"{policy.label} {policy.slots} {task} {length}")
+        for policy, task, group in product(policies, tasks, groups):
+            progress.say(f"{policy.label} {policy.slots} {task}")
             cases = [
-                TASKS[task](tokenize, documents[name], length, depth, names.index(name))
+                TASKS[task](run.tokenize, run.documents[name], length, depth, names.index(name))
                 for depth, name in group
             ]
-            stream = Stream(model, policy.caches(heads), tick=progress.step)
-            found = answer(stream, model, cases, chunk)
+            stream = Stream(run.model, policy.caches(run.heads), tick=progress.step)
+            found = answer(stream, run.model, cases, options.chunk)
             rows += [
                 {"policy": policy.label, "slots": policy.slots, "task": task, "length": length,
                  "depth": depth, "document": name, "distance": case.distance, **result}
@@ -175,56 +194,53 @@ def repeated(
 
 
 @torch.no_grad()
-def measure_repeated(
-    model: Any, heads: Heads, documents: dict[str, list[int]], policies: Sequence[Policy],
-    distances: Sequence[int], length: int, size: int, chunk: int, batch: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+def repetitions(run: Run, policies: Sequence[Policy]) -> Rows:
     """A row per policy, slots, document and distance: NLL of a passage's second occurrence
-    (`second`) and of the same tokens in the same place without a first one (`control`).
-
-    Passages come from the next document in the list.
-    """
-    names = list(documents)
-    groups = [names[at : at + batch] for at in range(0, len(names), batch)]
-    steps = -(-(length - 1) // chunk) * heads.layers
-    rows = []
+    (`second`) and of the same tokens in the same place without a first one (`control`)."""
+    options, names = run.options, list(run.documents)
+    farthest = options.length - 4 * PASSAGE
+    distances = [d for d in DISTANCES if d < farthest] or [farthest]
+    groups = [names[at : at + options.batch] for at in range(0, len(names), options.batch)]
+    steps = -(-(options.length - 1) // options.chunk) * run.heads.layers
+    rows: Rows = []
     with Progress("repeated", 2 * steps * len(policies) * len(groups)) as progress:
-        for policy in policies:
-            for group in groups:
-                progress.say(f"{policy.label} {policy.slots}")
-                found = {}
-                for present in (True, False):
-                    texts, begins = [], []
-                    for name in group:
-                        other = documents[names[(names.index(name) + 1) % len(names)]]
-                        passages = [other[1000 + i * size : 1000 + (i + 1) * size]
-                                    for i in range(len(distances))]  # fmt: skip
-                        ids, begins = repeated(
-                            documents[name], passages, distances, length, present
-                        )
-                        texts.append(ids)
-                    ids = torch.tensor(texts, device=model.device)
-                    stream = Stream(model, policy.caches(heads), tick=progress.step)
-                    hidden = stream.feed(ids[:, :-1], chunk)
-                    found[present] = (
-                        -log_probabilities(model, hidden[:, begins[0] - 1 :], ids[:, begins[0] :])[
-                            0
-                        ]
-                        .double()
-                        .cpu()
-                    )
-                rows += _repeated_rows(policy, group, distances, size, found)
+        for policy, group in product(policies, groups):
+            progress.say(f"{policy.label} {policy.slots}")
+            found = {}
+            for present in (True, False):
+                ids, begin = _repeating(run, group, distances, present)
+                stream = Stream(run.model, policy.caches(run.heads), tick=progress.step)
+                hidden = stream.feed(ids[:, :-1], options.chunk)[:, begin - 1 :]
+                logs, _ = log_probabilities(run.model, hidden, ids[:, begin:])
+                found[present] = -logs.double().cpu()
+            rows += _repeated_rows(policy, group, distances, found)
     return rows
 
 
+def _repeating(
+    run: Run, group: Sequence[str], distances: Sequence[int], present: bool
+) -> tuple[Tensor, int]:
+    """Texts [B, length] with passages of the next document in the list, and where the first of
+    their second occurrences begins."""
+    names, rows, begins = list(run.documents), [], [0]
+    for name in group:
+        other = run.documents[names[(names.index(name) + 1) % len(names)]]
+        passages = [other[1000 + i * PASSAGE : 1000 + (i + 1) * PASSAGE]
+                    for i in range(len(distances))]  # fmt: skip
+        ids, begins = repeated(
+            run.documents[name], passages, distances, run.options.length, present
+        )
+        rows.append(ids)
+    return torch.tensor(rows, device=run.model.device), begins[0]
+
+
 def _repeated_rows(
-    policy: Policy, group: Sequence[str], distances: Sequence[int], size: int,
-    found: dict[bool, Tensor],
-) -> list[dict[str, Any]]:  # fmt: skip
+    policy: Policy, group: Sequence[str], distances: Sequence[int], found: dict[bool, Tensor]
+) -> Rows:
     """The first 8 tokens of a passage are left out: nothing yet says that it is repeated."""
     rows = []
     for i, distance in enumerate(distances):
-        part = slice(i * size + 8, (i + 1) * size)
+        part = slice(i * PASSAGE + 8, (i + 1) * PASSAGE)
         for r, name in enumerate(group):
             rows.append({
                 "policy": policy.label, "slots": policy.slots, "task": "repeated",

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from . import nll
 from .harness import Heads
 from .policies import DEFAULT, Policy
+from .run import Result, Rows, Run
+
+FILE = "quality/sweep"
+SPLIT = "choose"
+BATCH = 64
 
 #: Axis -> policies.  `default` is part of every axis.
 AXES = {
@@ -34,8 +42,20 @@ AXES = {
               "h2o:recent=0.25", "expected", "expected:recent=0.5", "keydiff", "keydiff:recent=0.5",
               "knorm", "knorm:recent=0.5", "random"),
 }  # fmt: skip
-#: For a quick look.
-SMALL = ("schedule", "heavy")
+FULL = {"slots": [512, 1024, 2048], "length": 8192, "first": 2048, "axes": list(AXES)}
+SMALL = {"slots": [512], "length": 3072, "first": 1024, "documents": 2,
+         "axes": ["schedule", "heavy"]}  # fmt: skip
+
+
+def measure(run: Run) -> Result:
+    """The policies of the axes, or those that the command names."""
+    options = run.options
+    axes = [] if options.policies else options.axes
+    rows: Rows = []
+    for slots in options.slots:
+        named = [Policy.parse(word, slots) for word in options.policies or ()]
+        rows += nll.losses(run, named or policies(slots, axes, options.device, run.heads))
+    return rows, {"axes": axes}
 
 
 def single_layer(layer: int) -> str:
@@ -47,7 +67,7 @@ def of_axis(axis: str, layers: int) -> tuple[str, ...]:
     return tuple(map(single_layer, range(layers))) if axis == "layers" else AXES[axis]
 
 
-def policies(slots: int, axes: tuple[str, ...], device: str, heads: Heads) -> list[Policy]:
+def policies(slots: int, axes: Sequence[str], device: str, heads: Heads) -> list[Policy]:
     """The distinct policies of some axes that fit; a kernel that the device lacks is left out."""
     found: dict[str, Policy] = {}
     for text in ("exact", "express", *(t for axis in axes for t in of_axis(axis, heads.layers))):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..conflicts import refuse_conflicts
 from ..patches import keep_prefix_caching_asked, resolve_at_the_edge
 from ..plugin import BACKEND_NAME, BACKEND_PATH
+from ..server.middleware import add_to
 from ..settings import Settings, chosen
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class ExpressPlatformMixin:
             return super().get_attn_backend_cls(  # type: ignore[misc]
                 selected_backend, attn_selector_config, num_heads
             )
+        # vLLM's attention modules, which ask for the platform that is being made here.
         from express_vllm.backend.attention import ExpressBackend
 
         ExpressBackend.check_layer(attn_selector_config)
@@ -46,8 +48,6 @@ class ExpressPlatformMixin:
         super().pre_register_and_update(parser)  # type: ignore[misc]
         keep_prefix_caching_asked()
         if parser is not None:
-            from ..server.middleware import add_to
-
             add_to(parser)
 
     @classmethod

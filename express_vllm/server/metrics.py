@@ -16,6 +16,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from ..budget import MODES
 from ..fields import Fields
+from ..scheduler.stats import detach
 from .errors import on_refusal
 
 logger = logging.getLogger("vllm.express")
@@ -117,8 +118,6 @@ class ExpressStatLogger(AggregateStatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        from ..scheduler.stats import detach
-
         payload = detach(scheduler_stats) if scheduler_stats is not None else None
         if payload:
             self._observe(payload, self._labels(engine_idx))

@@ -140,7 +140,7 @@ def error_bound(budget: Budget, config: ServerConfig) -> Bound:
         note = "the schedule of the paper, for its kernel and up to its inflation limit"
         return Bound(applies=True, factor=factor, coreset_tokens=target, note=note)
     note = (
-        "the lazy schedule has no proven bound (its measured errors are in the README); "
+        "the lazy schedule has no proven bound (docs/results has its measured errors); "
         'a server with "schedule": "paper" has one'
     )
     return Bound(applies=False, factor=None, coreset_tokens=None, note=note)

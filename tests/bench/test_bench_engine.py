@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import subprocess
+import sys
 
 import pytest
 
 from bench import engine, record, traces
 
 OPTIONS = argparse.Namespace(memory=2048, outputs=[8192], window=128, whole=False, max_num_seqs=256,
-                            batched_tokens=8192, wide_layers=[])  # fmt: skip
+                            batched_tokens=8192, wide_layers=[], shape="8b")  # fmt: skip
 
 
 class Steps:
@@ -49,8 +51,10 @@ def test_every_request_fits_to_the_end_of_the_last_window():
 def test_with_wide_layers_the_step_is_timed_until_they_are_full():
     options = argparse.Namespace(**vars(OPTIONS) | {"wide_layers": [8, 16]})
     assert engine.measured_lengths("express", 16384, 8, OPTIONS) == [1024, 2560, 4096]
-    assert engine.measured_lengths("express", 16384, 8, options) == [1024, 2560, 4096, 10240]
-    assert engine.measured_lengths("express", 8192, 8, options)[-1] > 4 * 2048
+    assert engine.ordinary_slots(OPTIONS) == 2048
+    assert engine.ordinary_slots(options) == 1724, "two of 32 layers have four times as many"
+    assert engine.measured_lengths("express", 16384, 8, options) == [1024, 2155, 3448, 8620]
+    assert engine.measured_lengths("express", 8192, 8, options)[-1] > 4 * 1724
 
 
 def test_the_table_has_a_line_for_every_figure_of_either_backend():
@@ -102,3 +106,14 @@ def test_ranks_that_differ_are_an_error(tmp_path):
         traces.collectives(tmp_path, "decode")
     with pytest.raises(FileNotFoundError, match="no trace prefill"):
         traces.collectives(tmp_path, "prefill")
+
+
+def test_benchmarks_run_from_the_root_whatever_is_installed():
+    """There the folder express_vllm hides an installed copy, and has no backend."""
+    script = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in str(f)]\n"
+        "import bench, express_vllm.backend, express_vllm.scheduler as s; print(s.__file__)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=record.ROOT, capture_output=True,
+                         text=True)  # fmt: skip
+    assert run.stdout.strip() == str(record.ROOT / "scheduler" / "__init__.py"), run.stderr

@@ -13,7 +13,9 @@ from tiny_llama import tiny_llama
 from bench.quality import bound, error, harness, nll, presses, recall
 from bench.quality.caches import Accumulated, EvictingCache, WindowCache, causal
 from bench.quality.harness import Heads, Stream
-from bench.quality.policies import ALL, Policy
+from bench.quality.methods import METHODS
+from bench.quality.policies import Policy, title
+from bench.quality.run import Run
 from express_vllm.layout import layout_for
 from express_vllm.reference.cache import ExpressCache
 
@@ -69,7 +71,7 @@ def test_exact_is_the_model(model, heads, ids):
         assert torch.allclose(model.lm_head(hidden), own(model, ids), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*(n for n in ALL if n != "exact"), "keydiff:shared=1"])
+@pytest.mark.parametrize("name", [*(n for n in METHODS if n != "exact"), "keydiff:shared=1"])
 def test_a_budget_that_fits_is_exact_and_one_that_does_not_is_kept(model, heads, ids, name):
     exact, _ = feed(model, heads, "exact", 0, ids)
     roomy, _ = feed(model, heads, name, 512, ids)
@@ -261,11 +263,14 @@ def test_forks_do_not_meet(model, heads, ids):
         assert torch.allclose(first, whole[:, 200:], atol=1e-4), name
 
 
+def run_of(model, heads, documents, **options):
+    common = {"length": LENGTH, "first": 100, "chunk": 64, "batch": 2, "seeds": [0]}
+    return Run(model, heads, None, documents, SimpleNamespace(**common | options), "tiny")
+
+
 def test_nll_of_exact_is_the_models(model, heads, ids):
     documents = {"a": ids[0].tolist(), "b": ids[1].tolist()}
-    found = nll.measure(
-        model, heads, documents, [Policy.parse("exact", 0)], [0], first=100, chunk=64, batch=2
-    )
+    found = nll.losses(run_of(model, heads, documents), [Policy.parse("exact", 0)])
     logits = own(model, ids[:, :-1]).double().log_softmax(-1)
     loss = -logits.gather(-1, ids[:, 1:, None])[..., 0]
     assert [row["nll"] for row in found] == pytest.approx(loss[:, 99:].mean(1).tolist(), abs=1e-4)
@@ -273,9 +278,9 @@ def test_nll_of_exact_is_the_models(model, heads, ids):
 
 def test_layer_zero_has_the_same_error_either_way(model, heads, ids):
     """Its inputs are the embeddings, with the cache or without; later layers' are not."""
-    (row,) = error.measure(
-        model, heads, {"a": ids[0].tolist()}, [Policy.parse("express", SLOTS)], 150, 64
-    )
+    run = run_of(model, heads, {"a": ids[0].tolist()}, first=150, slots=[SLOTS],
+                 policies=["exact", "express"])  # fmt: skip
+    ((row,), _) = error.measure(run)
     assert row["exact"][0] == pytest.approx(row["streaming"][0], abs=1e-5)
     assert row["exact"][0] > 0.01
     assert row["exact"][1] != row["streaming"][1]
@@ -326,6 +331,22 @@ def test_policies_say_what_is_wrong():
         Policy.parse("express:recent=3", 512)
     assert Policy.parse("express:heavy=0.25", 512).shape().heavy == 128
     assert Policy.parse("uniform:schedule=paper", 512).shape().schedule == "paper"
+
+
+def test_a_label_says_the_options_as_given_with_shares_in_slots():
+    policy = Policy.parse("express:exponent=0,heavy=0.25,profile=even", 512)
+    assert policy.label == "express:exponent=0.0,heavy=128,profile=even"
+    assert Policy.parse(policy.label, 512) == policy
+    assert (
+        Policy.parse("keydiff:recent=0.0625,shared=1", 1024).label == "keydiff:recent=64,shared=1"
+    )
+    assert title("express:wide=auto") == "express (default)"
+    assert title("snapkv:wide=auto") == "SnapKV-style, wide layers"
+
+
+def test_every_method_says_what_it_is():
+    for name, method in METHODS.items():
+        assert method.__doc__ and method.title and method.name == name
 
 
 def test_a_layer_that_the_harness_cannot_do_is_refused():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
@@ -16,21 +15,24 @@ import pytest
 import torch
 from tiny_llama import tiny_llama
 
-from bench.quality import harness, presses, report
+from bench.quality import harness, plots, presses
 from bench.quality.caches import ExactCache
 from bench.quality.paper import (
     compress,
+    figures,
     hyper,
     kernels,
     latency,
     prefill,
     questions,
     size,
+    tables,
 )
-from bench.quality.paper.common import Run, last_replaced, times
+from bench.quality.paper.common import last_replaced, times
 from bench.quality.paper.hyper import Hyper
 from bench.quality.policies import Policy
 from bench.quality.progress import Progress
+from bench.quality.run import Run
 
 
 def rows(length, count, seed=0, heads=4, kv=2, size=16):
@@ -280,8 +282,7 @@ HEAD = {
 
 
 def test_tables_and_plots_come_from_the_rows(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    monkeypatch.setattr(report, "DOCUMENT", tmp_path / "results.md")
+    monkeypatch.setattr(plots, "RESULTS", tmp_path)
     timed = [{"what": "time", "method": m, "causal": c, "tokens": n, "slots": 128, "ms": [t, t]}
              for m, t in (("FA2", 8.0), ("express", 2.0)) for c in (True, False)
              for n in (8192, 32768)]  # fmt: skip
@@ -289,23 +290,26 @@ def test_tables_and_plots_come_from_the_rows(run, tmp_path, monkeypatch):
     nll = size.accuracy(run, [128])
     asked = [{"what": "answers", "policy": "exact", "slots": 0, "question": i, "right": i < 1}
              for i in range(2)]  # fmt: skip
-    found = {
-        "prefill": prefill.perplexity(run) + timed, "compress": compress.continuations(run),
-        "size": nll + asked, "time": nll + durations,
+    stored = {
+        name: HEAD | {"rows": rows}
+        for name, rows in {
+            "prefill": prefill.perplexity(run) + timed, "compress": compress.continuations(run),
+            "size": nll + asked, "time": nll + durations,
+        }.items()
     }  # fmt: skip
-    for name, some in found.items():
-        stored = HEAD | {"experiment": f"paper-{name}", "rows": some}
-        (tmp_path / f"quality-paper-{name}.json").write_text(json.dumps(stored))
-    report.write()
-    document = (tmp_path / "results.md").read_text()
-    assert "| Express (equal layers) | causal | 2.00 ± 0.00 (4.0) | 2.00 ± 0.00 (4.0) |" in document
-    assert "| exact | 0.50 ± 0.50 |" in document
-    assert "| express | Express alone | 128 | 128 |" in document
-    assert "| exact, torch SDPA | all | 400 |" in document
-    plots = ("prefill-perplexity", "prefill-time-causal", "compress", "size", "time")
-    for plot in plots:
-        assert (tmp_path / f"quality-paper-{plot}.png").stat().st_size > 5000
-        assert (tmp_path / f"quality-paper-{plot}.svg").exists()
+    times = "| Express (equal layers) | causal | 2.00 ± 0.00 (4.0) | 2.00 ± 0.00 (4.0) |"
+    assert times in tables.prefill_times(stored["prefill"])
+    assert "| Express (equal layers) | 128 |" in tables.replaced(stored["prefill"])
+    assert "| exact | 0.50 ± 0.50 |" in tables.answers(stored["size"])
+    assert "| express | 0." in tables.sizes(stored["size"]).replace(", equal layers", "")
+    assert "| express | Express alone | 128 | 128 |" in tables.compressed(stored["compress"])
+    assert "| exact, torch SDPA | all | 400 |" in tables.times(stored["time"])
+    for result, draw in (
+        ("prefill", figures.replaced), ("prefill", figures.causal_times),
+        ("compress", figures.compressed), ("size", figures.sizes), ("time", figures.times),
+    ):  # fmt: skip
+        draw(draw.__name__, stored[result])
+        assert (tmp_path / f"{draw.__name__}.png").stat().st_size > 5000
 
 
 def test_a_run_that_stops_keeps_what_is_complete(run, monkeypatch):

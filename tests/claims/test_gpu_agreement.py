@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from cpu_tokens import COUNT, FILE, job
+from cpu_tokens import COUNT, FILE, SERVER, job
 from engines import run_engine
 
 pytestmark = pytest.mark.gpu
@@ -16,7 +16,7 @@ GAP = 1e-2
 def test_the_gpu_decodes_the_tokens_of_the_cpu(tmp_path):
     expected = json.loads(FILE.read_text())
     calls = [("generate", {"requests": [job(expected["prompt"])]})]
-    (result,) = run_engine(tmp_path, "express", calls)
+    (result,) = run_engine(tmp_path, "express", calls, additional_config=SERVER)
     ours = result["tokens"][0]
     assert len(ours) == len(expected["tokens"]) == COUNT
     pairs = enumerate(zip(ours, expected["tokens"], strict=True))

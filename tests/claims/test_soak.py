@@ -32,11 +32,8 @@ GAUGES = (
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
     """One layer, two KV heads: time goes into requests, not into matrices."""
-    with pytest.MonkeyPatch.context() as changed:
-        changed.setattr(random_llama, "LAYERS", 1)
-        changed.setattr(random_llama, "HEADS", 2)
-        changed.setattr(random_llama, "KV_HEADS", 2)
-        yield random_llama.write(tmp_path_factory.mktemp("model"))
+    shape = random_llama.Shape(layers=1, heads=2, kv_heads=2)
+    return random_llama.write(tmp_path_factory.mktemp("model"), shape)
 
 
 def plan(seed=0):

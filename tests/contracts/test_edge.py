@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import random_llama
 import torch
-from engines import engine_config
+from engines import SUPPORT, engine_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
@@ -180,7 +181,7 @@ def test_a_strange_request_ends_alone(tmp_path):
     output = tmp_path / "found.json"
     done = subprocess.run(
         [sys.executable, __file__, str(output)], text=True, capture_output=True, timeout=300,
-        cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": str(SUPPORT)},
     )  # fmt: skip
     assert output.exists(), done.stderr[-4000:]
     found = json.loads(output.read_text())
@@ -193,14 +194,13 @@ def test_a_strange_request_ends_alone(tmp_path):
 
 def _run(output):
     """In a process of its own: strange and honest requests on one engine."""
-    import os
-
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
     from vllm import LLM
 
+    model = random_llama.write(Path(output).parent / "model", random_llama.QUICK)
     llm = LLM(
-        str(random_llama.write(Path(output).parent / "model")), attention_backend="express",
-        enforce_eager=True, max_model_len=2048, dtype="float32", num_gpu_blocks_override=80,
+        str(model), attention_backend="express", enforce_eager=True, max_model_len=2048,
+        dtype="float32", num_gpu_blocks_override=80,
         kv_cache_memory_bytes=1 << 28, additional_config={"express": {"memory_tokens": 128}},
     )  # fmt: skip
     engine = llm.llm_engine

@@ -34,6 +34,11 @@ REQUESTS = 16
 
 
 @pytest.fixture(scope="module")
+def server(small_server):
+    return small_server
+
+
+@pytest.fixture(scope="module")
 def prometheus(server, tmp_path_factory):
     """The repository's own configuration, pointed at the test's server and made faster."""
     folder = tmp_path_factory.mktemp("prometheus")

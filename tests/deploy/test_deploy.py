@@ -9,7 +9,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import zipfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -209,23 +208,3 @@ def test_shellcheck_finds_nothing():
         ["shellcheck", "--exclude=SC2154", *files], text=True, capture_output=True
     )
     assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.ops
-def test_the_images_wheel_holds_the_whole_package(tmp_path):
-    """Built from what .dockerignore lets through, as the images do."""
-    context = tmp_path / "context"
-    names = ["pyproject.toml", "setup.py", "README.md", "LICENSE"]
-    for name in ("express_vllm", "backend", "scheduler"):
-        shutil.copytree(ROOT / name, context / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in names:
-        shutil.copy(ROOT / name, context)
-    wanted = {str(p.relative_to(context)) for p in context.rglob("*") if p.is_file()} - set(names)
-    wanted = {n if n.startswith("express_vllm/") else f"express_vllm/{n}" for n in wanted}
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
-    command += ["--no-build-isolation", "--wheel-dir", tmp_path, context]
-    done = subprocess.run(command, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        held = {n for n in wheel.namelist() if ".dist-info/" not in n}
-    assert held == wanted

@@ -1,4 +1,7 @@
-"""The real engine with the real model in float32: budgets, exactness, determinism, no leaks."""
+"""A real engine in float32: budgets, exactness, determinism, no leaks.
+
+With a random model here, with the small one in test_real_engine.py and on GPUs.
+"""
 
 from __future__ import annotations
 
@@ -29,20 +32,34 @@ def prompts(tokens):
 
 
 @pytest.fixture(scope="module")
-def workload(tokens, prompts):
-    seeded = request(tokens[500:1400], 32, memory_tokens=512, seed=11)
+def model(quick):
+    return quick
+
+
+@pytest.fixture(scope="module")
+def workload(tokens, prompts, model):
+    def memory(slots):
+        """For so many slots in an ordinary layer."""
+        return model.size().tokens(slots)
+
+    seeded = request(tokens[500:1400], 32, memory_tokens=memory(512), seed=11)
     others = [
-        request(tokens[i * 300 : i * 300 + 100 + 60 * i], 24 + i, memory_tokens=192 + 32 * i)
+        request(
+            tokens[i * 300 : i * 300 + 100 + 60 * i], 24 + i, memory_tokens=memory(192 + 32 * i)
+        )
         for i in range(8)
     ]
     sampled = [request(tokens[i * 500 : i * 500 + 600], 12) for i in range(3)]
     growing = [
-        request(tokens[i * 700 : i * 700 + 100], 100, memory_tokens=192) for i in range(GROWING)
+        request(tokens[i * 700 : i * 700 + 100], 100, memory_tokens=memory(192))
+        for i in range(GROWING)
     ]
-    aborted = [request(tokens[i * 100 : i * 100 + 400], 64, memory_tokens=256) for i in range(50)]
+    aborted = [
+        request(tokens[i * 100 : i * 100 + 400], 64, memory_tokens=memory(256)) for i in range(50)
+    ]
     return {
         "short": [request(p, 24) for p in prompts],
-        "short_fits": [request(p, 24, memory_tokens=512) for p in prompts],
+        "short_fits": [request(p, 24, memory_tokens=memory(512)) for p in prompts],
         "short_exact": [request(p, 24, mode="exact") for p in prompts],
         "seeded": seeded,
         "mixed": [seeded, *others],
@@ -55,8 +72,13 @@ def workload(tokens, prompts):
     }
 
 
+def engine(model):
+    settings = {"max_memory_tokens": 1024, "memory_tokens": 512, **model.wide}
+    return {"model": str(model.path), "additional_config": {"express": settings}}
+
+
 @pytest.fixture(scope="module")
-def express(tmp_path_factory, workload):
+def express(tmp_path_factory, workload, model):
     """Every express job, on one engine."""
     w = workload
     calls = {
@@ -73,12 +95,13 @@ def express(tmp_path_factory, workload):
         "preempted": ("generate", {"requests": w["growing"], "max_batched_tokens": 2048}),
         "unpreempted": ("alone", {"requests": w["growing"]}),
     }
-    results = run_engine(tmp_path_factory.mktemp("express"), "express", list(calls.values()))
+    folder = tmp_path_factory.mktemp("express")
+    results = run_engine(folder, "express", list(calls.values()), **engine(model))
     return dict(zip(calls, results, strict=True))
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory, workload):
+def own(tmp_path_factory, workload, model):
     """The same jobs with vLLM's own backend, which knows no budgets."""
 
     def plain(requests):
@@ -101,7 +124,7 @@ def own(tmp_path_factory, workload):
     folder = tmp_path_factory.mktemp("own")
     results = run_engine(
         folder, OWN, list(calls.values()), num_gpu_blocks_override=OWN_POOL,
-        max_model_len=(OWN_POOL - 1) * BLOCK,
+        max_model_len=(OWN_POOL - 1) * BLOCK, model=str(model.path),
     )  # fmt: skip
     return dict(zip(calls, results, strict=True))
 
@@ -112,10 +135,11 @@ def test_a_request_holds_at_most_its_budget(express):
 
 
 @pytest.mark.parametrize("job", ["alone", "batch", "chunks", "exact"])
-def test_usage_is_the_engines_own_accounting(express, workload, job):
+def test_usage_is_the_engines_own_accounting(express, workload, model, job):
     """`usage.express` needs only lengths; the blocks that the engine gave out say the same."""
     requests = {"batch": workload["mixed"], "exact": workload["short_exact"]}
     config = ServerConfig(memory_tokens=512, max_memory_tokens=1024)
+    size = model.size()
     ran = zip(
         requests.get(job, [workload["seeded"]]), express[job]["tokens"], express[job]["peaks"],
         strict=True,
@@ -124,10 +148,10 @@ def test_usage_is_the_engines_own_accounting(express, workload, job):
         prompt = len(sent["prompt"])
         budget = resolve(
             sent["extra_args"], config, prompt_tokens=prompt, max_tokens=sent["max_tokens"],
-            max_model_len=8192,
+            max_model_len=8192, size=size,
         )  # fmt: skip
-        found = usage([Sequence(budget, prompt, len(tokens))])
-        assert math.ceil(found["peak_kv_tokens"] / BLOCK) == blocks
+        found = usage([Sequence(budget, prompt, len(tokens))], size)
+        assert math.ceil(size.slots(found["peak_kv_tokens"]) / BLOCK) == blocks
 
 
 def test_a_fitting_budget_is_exact_mode_to_the_byte(express):
@@ -187,13 +211,15 @@ def test_aborts_return_every_block(express):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo ranks share a CPU")
-def test_three_tensor_parallel_ranks_give_the_tokens_of_one(tmp_path, express, workload):
+def test_tensor_parallel_ranks_give_the_tokens_of_one(tmp_path, express, workload, model):
+    """A KV head each."""
     calls = [
         ("generate", {"requests": [workload["seeded"]]}),
         ("generate", {"requests": workload["short_fits"][:8]}),
     ]
     alone, short = run_engine(
-        tmp_path, "express", calls, tensor_parallel_size=3, worker_cls="gloo_worker.GlooWorker",
+        tmp_path, "express", calls, tensor_parallel_size=model.kv_heads,
+        worker_cls="gloo_worker.GlooWorker", **engine(model),
         environment={
             "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(SUPPORT),

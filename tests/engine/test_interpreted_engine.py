@@ -37,19 +37,20 @@ def test_the_gpu_path_gives_the_tokens_of_the_cpu_path(tmp_path, random_model):
         return torch.randint(VOCABULARY, (count,), generator=generator).tolist()
 
     requests = [
-        request(prompt(300), 12, memory_tokens=160),
-        request(prompt(40), 12, mode="exact"),
+        # 192 are 128 slots and 256 in the wide layer: events from 112 and from 240 on, 32 apart.
+        request(prompt(300), 8, memory_tokens=192),
+        request(prompt(40), 8, mode="exact"),
         request(prompt(1), 3),
-        request(prompt(100), 60, memory_tokens=128, seed=5),
-        request(prompt(120), 24, memory_tokens=128, profile="even"),
-        request(prompt(230), 30, memory_tokens=128),  # the wide layer's first event is at 240
+        request(prompt(105), 12, memory_tokens=192, seed=5),
+        request(prompt(138), 12, memory_tokens=240, profile="even"),  # an event at 144
+        request(prompt(232), 12, memory_tokens=192),
     ]
     calls = [("generate", {"requests": requests})]
     options = {
         "model": random_model, "skip_tokenizer_init": True, "block_size": 16,
         "max_num_batched_tokens": 192, "max_model_len": 512,
         "additional_config": {
-            "express": {"memory_tokens": 128, "wide_layers": [1], "wide_factor": 2}
+            "express": {"memory_tokens": 192, "wide_layers": [1], "wide_factor": 2}
         },
     }  # fmt: skip
     (cpu,) = run_engine(tmp_path, "express", calls, **options)

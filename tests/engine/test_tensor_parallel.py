@@ -132,7 +132,8 @@ def test_two_ranks_leak_no_block(two):
 def assert_only_the_models(reductions, element):
     """The all-reduces of TALKATIVE, whose elements have so many bytes."""
     count, size = reductions
-    a_step = 2 * random_llama.LAYERS + 1  # after attention, after the MLP, and of the embedding
+    # After attention, after the MLP, and of the embedding.
+    a_step = 2 * random_llama.RANKS.layers + 1
     print(f"a step: {count // STEPS} all-reduces of {size // (TOKENS * a_step)} bytes a token")
     assert count == STEPS * a_step
     assert size == TOKENS * a_step * random_llama.HIDDEN * element

@@ -136,9 +136,10 @@ def served(tmp_path, requests, **options):
 @pytest.mark.server
 def test_all_layers_wide_is_a_larger_budget(tmp_path, tokens):
     prompts = [tokens[:900], tokens[900:1500]]
-    small, large = ([request(p, 40, memory_tokens=n) for p in prompts] for n in (128, 512))
-    all_wide = served(tmp_path, small, wide_layers=list(range(30)))
-    plain = served(tmp_path, large, wide_layers=[])
+    # As many tokens' memory: 128 slots of an ordinary layer would be the rest of it.
+    sent = [request(p, 40, memory_tokens=512) for p in prompts]
+    all_wide = served(tmp_path, sent, wide_layers=list(range(30)))
+    plain = served(tmp_path, sent, wide_layers=[])
     assert same_tokens(all_wide, plain) == len(prompts)
     assert 4 * all_wide["peak_blocks"] == plain["peak_blocks"]
 
@@ -149,7 +150,7 @@ def test_the_engine_serves_what_the_harness_measures(tmp_path, tokens):
     with equal layers it does not."""
     prompt = tokens[7000:8500]
     # The model's own wide layers.
-    found = served(tmp_path, [request(prompt, 64, memory_tokens=160)])
+    found = served(tmp_path, [request(prompt, 64, memory_tokens=208)])
     path = smallmodel.ensure()
     model, _ = harness.load(path, "cuda" if ON_GPU else "cpu", torch.float32)
     heads = harness.heads_of(model)

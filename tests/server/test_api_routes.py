@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from budgets import WIDE
 from serving import serve, wait_for_rest
 
 from express_vllm.server.table import ROUTES, WITHOUT_BUDGET, decision, markdown
@@ -83,11 +84,13 @@ def test_a_budget_is_honoured(server, path, spelling):
 @server_test
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("path", HONOURING)
-def test_a_bad_budget_is_refused(server, path, spelling):
+def test_a_bad_budget_is_refused(server, quick, path, spelling):
     """Of the second the length must be known: vLLM has started its answer by then."""
+    least = quick.size().tokens(128)
     for name, value, words in (
-        ("memory_tokens", 12, "from 128 to 8192"), ("memory", "1KiB", "128 to 8192 tokens"),
-    ):  # fmt: skip
+        ("memory_tokens", 12, f"from {least} to 8192"),
+        ("memory", "1KiB", f"{least} to 8192 tokens"),
+    ):
         for stream in (False, True) if path in STREAMING else (False,):
             more = {"stream": True} if stream else {}
             answer = post(server, path, **spelled(spelling, **{name: value}), **more)
@@ -206,20 +209,24 @@ def embeddings(rows, size):
 
 
 @server_test
-def test_prompt_embeddings_have_a_length(server, small_config):
+def test_prompt_embeddings_have_a_length(server, quick):
     """A request that the engine would not take must not reach it."""
     body = {
         "model": "small", "max_tokens": 16, "ignore_eos": True,
-        "prompt_embeds": embeddings(200, small_config.hidden_size),
+        "prompt_embeds": embeddings(200, quick.hidden_size),
     }  # fmt: skip
-    exact = {"express_mode": "exact", "express_memory_tokens": 128}
+    size = quick.size()
+    least = size.tokens(128)
+    exact = {"express_mode": "exact", "express_memory_tokens": least}
     answer = server.client.post("/v1/completions", json=body | {"vllm_xargs": exact})
     assert answer.status_code == 400
-    assert "216 tokens" in answer.text and "allows 128" in answer.text
-    answer = server.client.post("/v1/completions", json=body | {"express": {"memory_tokens": 128}})
+    assert "216 tokens" in answer.text and f"memory of {least} keeps 128" in answer.text
+    answer = server.client.post(
+        "/v1/completions", json=body | {"express": {"memory_tokens": least}}
+    )
     assert answer.status_code == 200, answer.text
     found = answer.json()["usage"]["express"]
-    assert found["exact_kv_tokens"] == 215 and found["peak_kv_tokens"] == 128
+    assert found["exact_kv_tokens"] == 215 and found["peak_kv_tokens"] == least
     wait_for_rest(server)
 
 
@@ -234,13 +241,14 @@ def test_a_length_that_the_engine_fits_is_the_limit_everywhere(model_path, tmp_p
     with serve(model_path, tmp_path / "log.txt", *more, *limits) as server:
         config = server.client.get("/v1/express/config").json()
         fitted = config["limits"]["max_model_len"]
-        assert fitted < 8192 and config["limits"]["max_memory_tokens"] == fitted
-        assert config["fields"]["memory_tokens"]["anyOf"][0]["maximum"] == fitted
+        most = WIDE.tokens(fitted)  # of a request that keeps every token
+        assert fitted < 8192 and config["limits"]["max_memory_tokens"] == most
+        assert config["fields"]["memory_tokens"]["anyOf"][0]["maximum"] == most
         for path in HONOURING:
             for spelling in SPELLINGS:
-                answer = post(server, path, **spelled(spelling, memory_tokens=fitted + 1))
-                assert answer.status_code == 400 and f"to {fitted} " in answer.text
-            answer = post(server, path, express={"memory_tokens": fitted})
+                answer = post(server, path, **spelled(spelling, memory_tokens=most + 1))
+                assert answer.status_code == 400 and f"to {most} " in answer.text
+            answer = post(server, path, express={"memory_tokens": most})
             assert answer.status_code == 200, answer.text
         plan = {"prompt_tokens": fitted, "max_tokens": 1}
         answer = server.client.post("/v1/express/plan", json=plan)
@@ -257,7 +265,7 @@ def test_a_short_model_has_a_configuration(model_path, tmp_path):
         answer = post(server, "/v1/completions")
         assert answer.json()["usage"]["express"]["compactions"] == 0
         plan = server.client.post("/v1/express/plan", json={"prompt_tokens": 50, "max_tokens": 50})
-        assert plan.json()["compression_ratio"] == 1.0
+        assert plan.json()["compression_ratio"] == round(99 / WIDE.tokens(99), 4)
 
 
 @server_test

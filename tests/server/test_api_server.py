@@ -11,9 +11,12 @@ import pytest
 from serving import BLOCK_SIZE, BLOCKS, watch
 
 pytestmark = pytest.mark.server
-#: Bytes of a slot: 27 ordinary layers, 3 wide ones with four, 3 KV heads of 64, key and value.
-SLOT = (27 + 3 * 4) * 3 * 2 * 64 * 2
 CHAT = [{"role": "user", "content": "What is 2+2?"}]
+
+
+@pytest.fixture(scope="module")
+def size(quick):
+    return quick.size(2, "bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def used(usage):
 # --- the OpenAI client --------------------------------------------------------------------------
 
 
-def test_completions_report_what_the_cache_held(server, client, long_prompt):
+def test_completions_report_what_the_cache_held(server, client, size, long_prompt):
     """The same numbers as the engine's own blocks and metrics."""
     names = (
         "peak_kv_tokens_sum",
@@ -59,24 +62,25 @@ def test_completions_report_what_the_cache_held(server, client, long_prompt):
     watcher = threading.Thread(target=watch, args=(server, done, seen))
     watcher.start()
     answer = client.completions.create(
-        model="small", prompt=long_prompt, max_tokens=30, temperature=0,
+        model="small", prompt=long_prompt, max_tokens=100, temperature=0,
         extra_body={"express": {"memory_tokens": 512, "seed": 7}, "ignore_eos": True},
     )  # fmt: skip
     done.set()
     watcher.join()
     found = used(answer.usage)
+    peak = size.tokens(size.slots(512))
     assert found == {
-        "mode": "express", "memory_tokens": 512, "peak_kv_tokens": 512, "exact_kv_tokens": 1529,
-        "compactions": found["compactions"], "compression_ratio": round(1529 / 512, 4),
+        "mode": "express", "memory_tokens": 512, "peak_kv_tokens": peak, "exact_kv_tokens": 1599,
+        "compactions": found["compactions"], "compression_ratio": round(1599 / peak, 4),
         "sequences": 1,
     }  # fmt: skip
     assert found["compactions"] > 10
-    assert max(seen) == math.ceil(found["peak_kv_tokens"] / BLOCK_SIZE)
-    assert server.metric("vllm:express_peak_kv_tokens_sum") - before["peak_kv_tokens_sum"] == 512
+    assert max(seen) == math.ceil(size.slots(peak) / BLOCK_SIZE)
+    assert server.metric("vllm:express_peak_kv_tokens_sum") - before["peak_kv_tokens_sum"] == peak
     more = server.metric("vllm:express_compactions_total") - before["compactions_total"]
     assert more == found["compactions"]
     thinned = server.metric("vllm:express_tokens_thinned_total") - before["tokens_thinned_total"]
-    assert 1529 - 512 <= thinned < 1529, "what was not held any more at the end"
+    assert 1599 - 512 <= thinned < 1599, "what was not held any more at the end"
     seconds = server.metric("vllm:express_compaction_seconds_sum")
     assert seconds > before["compaction_seconds_sum"], "measured in the worker's process"
 
@@ -94,20 +98,23 @@ def test_the_object_and_vllm_xargs_give_the_same_answer(client, long_prompt):
     assert by_object[1]["compactions"] > 0
 
 
-def test_chat_streams_report_in_the_last_chunk(client):
+def test_chat_streams_report_in_the_last_chunk(client, size):
+    memory = f"{300 * size.bytes_per_token // 1024}KiB"
+
     def chunks(**options):
         return list(
             client.chat.completions.create(
                 model="small", messages=CHAT, max_tokens=6, temperature=0, stream=True,
-                extra_body={"express": {"memory": "16MiB"}}, **options,
+                extra_body={"express": {"memory": memory}}, **options,
             )
         )  # fmt: skip
 
     with_usage = chunks(stream_options={"include_usage": True})
     assert [chunk.usage for chunk in with_usage[:-1]] == [None] * (len(with_usage) - 1)
     found = used(with_usage[-1].usage)
-    assert found["memory_tokens"] == 16 * 2**20 // SLOT
-    assert found["peak_kv_tokens"] == with_usage[-1].usage.total_tokens - 1
+    assert found["memory_tokens"] == 300
+    assert found["exact_kv_tokens"] == with_usage[-1].usage.total_tokens - 1
+    assert found["peak_kv_tokens"] == size.tokens(found["exact_kv_tokens"])
     assert all(chunk.usage is None for chunk in chunks()), "only who asks for usage gets it"
 
 
@@ -139,17 +146,17 @@ def test_several_sequences_are_added_up(client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("route", ["completions", "chat/completions", "responses"])
-def test_refusals_are_openais_errors_also_for_streams(server, route, stream):
+def test_refusals_are_openais_errors_and_counted_also_for_streams(server, size, stream):
+    """That every route refuses is in test_api_routes.py, every reason in test_budget.py."""
     before = server.client.get("/metrics").text
-    answer = post(server, route, {"memory_tokens": 12}, stream=stream)
+    answer = post(server, "completions", {"memory_tokens": 12}, stream=stream)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert error["param"] == "express.memory_tokens" and error["code"] == 400
     assert error["type"] == "BadRequestError"
     assert (
-        "express.memory_tokens=12 is not allowed: it must be an integer from 128 to 8192"
-        in (error["message"])
+        "express.memory_tokens=12 is not allowed: it must be an integer "
+        f"from {size.tokens(128)} to 8192" in error["message"]
     )
     name = (
         'vllm:express_refused_requests_total{engine="0",model_name="small",reason="memory_tokens"}'
@@ -160,15 +167,6 @@ def test_refusals_are_openais_errors_also_for_streams(server, route, stream):
 def count(text, name):
     (line,) = [line for line in text.splitlines() if line.startswith(name)]
     return float(line.rsplit(" ", 1)[1])
-
-
-@pytest.mark.parametrize("xargs", [{"express_memory_tokens": 12}, {"express_memory": "1KiB"}])
-@pytest.mark.parametrize("route", ["completions", "chat/completions", "responses"])
-def test_vllm_xargs_are_refused_before_a_stream_starts(server, route, xargs):
-    """The second needs the prompt's length, which vLLM knows only after it started the stream."""
-    answer = post(server, route, None, stream=True, vllm_xargs=xargs)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == next(iter(xargs))
 
 
 def test_a_budget_in_both_places_names_both(server):
@@ -185,29 +183,21 @@ def test_exact_requests_that_could_grow_beyond_the_limit_say_so(server):
     assert "express.mode='exact'" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("express", [{"memory_tokens": 256}, None])
-@pytest.mark.parametrize("route", ["completions", "chat/completions"])
-def test_beam_search_is_refused_with_a_budget_or_without(server, route, express):
-    answer = post(server, route, express, use_beam_search=True, n=2)
-    assert answer.status_code == 400 and "beam search" in answer.json()["error"]["message"]
-    assert answer.json()["error"]["param"] == "use_beam_search"
-
-
 # --- express's own routes -----------------------------------------------------------------------
 
 
-def test_the_configuration_is_the_servers(server):
+def test_the_configuration_is_the_servers(server, quick, size):
     config = server.client.get("/v1/express/config").json()
     assert config["defaults"]["memory_tokens"] == 1024
     assert config["limits"]["max_memory_tokens"] == 8192
-    assert config["bytes_per_token"] == SLOT
-    assert config["wide"] == {"layers": [18, 20, 23], "factor": 4}
+    assert config["bytes_per_token"] == size.bytes_per_token
+    assert config["wide"] == {"layers": [*quick.wide_layers], "factor": quick.wide_factor}
     assert config["pool"]["blocks"] == BLOCKS - 1 and config["pool"]["block_size"] == BLOCK_SIZE
     memory = config["fields"]["memory_tokens"]["anyOf"][0]
-    assert (memory["minimum"], memory["maximum"]) == (128, 8192)
+    assert (memory["minimum"], memory["maximum"]) == (size.tokens(128), 8192)
 
 
-def test_a_plan_is_what_then_happens(server, client, long_prompt):
+def test_a_plan_is_what_then_happens(server, client, size, long_prompt):
     body = {"prompt_tokens": 900, "max_tokens": 8, "express": {"memory_tokens": 256}}
     plan = server.client.post("/v1/express/plan", json=body).json()
     answer = client.completions.create(
@@ -217,9 +207,11 @@ def test_a_plan_is_what_then_happens(server, client, long_prompt):
     found = used(answer.usage)
     for name in ("peak_kv_tokens", "exact_kv_tokens", "compactions", "compression_ratio"):
         assert plan[name] == found[name]
-    assert plan["blocks"] == {"planned": 4, "exact": 15}
-    assert plan["concurrent_requests"]["planned"] == (BLOCKS - 1) // 4
-    assert plan["bytes"]["planned"] == 256 * SLOT
+    blocks = math.ceil(size.slots(256) / BLOCK_SIZE)
+    assert plan["blocks"] == {"planned": blocks, "exact": 15}
+    assert plan["concurrent_requests"]["planned"] == (BLOCKS - 1) // blocks
+    assert plan["bytes"]["planned"] == found["peak_kv_tokens"] * size.bytes_per_token
+    assert plan["bytes"]["planned"] <= 256 * size.bytes_per_token
 
 
 @pytest.mark.parametrize(
@@ -243,14 +235,15 @@ def test_bad_plans_are_refused(server, body, words):
         assert word in answer.json()["error"]["message"]
 
 
-def test_recent_requests_are_listed_without_their_text(server):
+def test_recent_requests_are_listed_without_their_text(server, size):
     answer = post(server, "completions", {"memory_tokens": 300}, prompt="a secret prompt")
     status = server.client.get("/v1/express/status")
     assert "secret" not in status.text and answer.json()["choices"][0]["text"] not in status.text
+    slots = (BLOCKS - 1) * BLOCK_SIZE
     newest = status.json()["requests"][0]
     assert newest["route"] == "/v1/completions" and not newest["running"]
     assert newest["usage"] == answer.json()["usage"]["express"]
-    assert status.json()["kv_tokens"] == (BLOCKS - 1) * BLOCK_SIZE
+    assert status.json()["kv_tokens"] == slots * (size.layers + size.extra) // size.layers
 
 
 # --- everything else is vLLM's ------------------------------------------------------------------

@@ -12,6 +12,11 @@ pytestmark = [pytest.mark.server, pytest.mark.ops]
 
 
 @pytest.fixture(scope="module")
+def server(small_server):
+    return small_server
+
+
+@pytest.fixture(scope="module")
 def screenshots(tmp_path_factory):
     return tmp_path_factory.mktemp("screenshots")
 
@@ -54,12 +59,13 @@ def test_the_keyboard_alone_runs_a_prompt_both_ways(page, screenshots):
     page.until("!document.getElementById('run').disabled", 180)
     assert text(page, "bounded") and text(page, "full")
     peak, exact = re.findall(r"\d[\d,]*", text(page, "bounded-usage"))[:2]
-    assert peak == "256" and int(exact.replace(",", "")) > 1300
-    assert re.match(r"peak ([\d,]+) slots, exact attention \1 \(1.00 times\), 0 compactions",
+    assert peak == "255" and int(exact.replace(",", "")) > 1300
+    # The wide layers leave room unused that exact attention would not take.
+    assert re.match(r"peak [\d,]+ tokens, exact attention [\d,]+ \(0.77 times\), 0 compactions",
                     text(page, "full-usage"))  # fmt: skip
     page.until("document.querySelectorAll('#rows tr').length >= 2")
     rows = page.run("[...document.querySelectorAll('#rows tr')].map((row) => row.innerText)")
-    assert any("exact" in row for row in rows[:2]) and any("\t256\t" in row for row in rows[:2])
+    assert any("exact" in row for row in rows[:2]) and any("\t255\t" in row for row in rows[:2])
     page.screenshot(screenshots / "light.png")
     page.dark(True)
     page.screenshot(screenshots / "dark.png")

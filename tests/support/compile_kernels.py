@@ -19,22 +19,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from express_vllm.backend.kernels import compaction, constants, pages, prefill, selection
-from express_vllm.backend.kernels.constants import Launch, Model
+from express_vllm.backend.kernels import (
+    compaction,
+    constants,
+    decode,
+    dense,
+    move,
+    prefill,
+    scores,
+    state,
+)
+from express_vllm.backend.kernels.constants import Model
 from express_vllm.backend.kernels.events import Kind
+from express_vllm.backend.kernels.launch import Launch, source
 from express_vllm.layout import Shape, make_shape
 
-FP32 = {"bias", "score", "peak", "total", "scratch", "shared", "scale", "root", "scale2"}
-INT32 = {
-    "events", "rounds", "ops", "ids", "table", "lists", "virtual", "counters", "progress",
-    "items",
-}  # fmt: skip
-INT64 = {"requests", "layer_offsets", "layer_ids"}
-FLOATS = {"scale", "root", "scale2"}
+#: Types of tensors by the names of arguments; the others have the model's.
+TYPES = {
+    torch.float32: "bias score peak total scratch shared steps part norm",
+    torch.int32: "events tiles rounds ops ids table lists virtual counters progress live starts "
+    "ring",
+    torch.int64: "requests layer_offsets layer_ids",
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #: Most shared memory of a program.
 SHARED = 227 << 10
 
@@ -79,44 +90,26 @@ def variants(wanted: list[str]) -> dict[tuple, tuple[Any, str, Launch]]:
             for paged in (False, True):
                 add(compaction.compact_kernel, dtype, constants.compaction(kind, model, paged))
         for paged in (False, True):
-            add(selection.score_recent_kernel, dtype, constants.recent_scores(model, paged))
+            add(scores.score_recent_kernel, dtype, constants.recent_scores(model, paged))
         add(prefill.prefill_kernel, dtype, constants.prefill(model))
-        add(pages.gather_kernel, dtype, constants.gather(model))
-        add(pages.append_kernel, dtype, constants.append(model))
-        add(pages.scatter_kernel, dtype, constants.scatter(model))
-        add(pages.move_kernel, dtype, constants.move(model))
-    add(prefill.wait_started_kernel, "bf16", Launch((), warps=1))
+        for kernel in (dense.gather_kernel, dense.append_kernel, state.scatter_kernel):
+            add(kernel, dtype, constants.rows(model))
+        add(move.move_kernel, dtype, constants.move(model))
+        add(decode.decode_kernel, dtype, constants.decode(model))
+        add(decode.combine_kernel, dtype, constants.decode(model)._replace(warps=1))
+        add(decode.store_token_kernel, dtype, constants.rows(model)._replace(warps=1))
+    add(prefill.wait_started_kernel, "bf16", Launch(warps=1))
     return found
 
 
-def build(kernel: Any, dtype: str, launch: Launch) -> dict[str, Any]:
-    names, notes = kernel.arg_names, kernel.fn.__annotations__
-    constexprs = [n for n in names if "constexpr" in str(notes.get(n, ""))]
-    signature, attrs = {}, {}
-    for i, name in enumerate(names):
-        if name in constexprs:
-            signature[name] = "constexpr"
-        elif name in notes:
-            signature[name] = {"tl.int32": "i32", "tl.int64": "i64"}[notes[name]]
-        elif name in FLOATS:
-            signature[name] = "fp32"
-        else:
-            kind = (
-                "fp32" if name in FP32 else "i32" if name in INT32
-                else "i64" if name in INT64 else dtype
-            )  # fmt: skip
-            signature[name] = f"*{kind}"
-            attrs[(i,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    if launch.registers:
-        options["maxnreg"] = launch.registers
+def build(kernel: Any, dtype: str, variant: Launch) -> dict[str, Any]:
+    notes = {n: kernel.fn.__annotations__.get(n, "") for n in kernel.arg_names}
+    notes = {name: note for name, note in notes.items() if note != "tl.constexpr"}
+    arguments = tuple(example(*x, DTYPES[dtype], kernel.fn.__globals__) for x in notes.items())
     start = cpu_seconds()
     made = triton.compile(
-        ASTSource(
-            fn=kernel, signature=signature, attrs=attrs,
-            constexprs=dict(zip(constexprs, launch.constants, strict=True)),
-        ),
-        target=GPUTarget("cuda", 90, 32), options=options,
+        source(kernel, arguments, variant.constants),
+        target=GPUTarget("cuda", 90, 32), options=variant.options,
     )  # fmt: skip
     seconds = cpu_seconds() - start
     registers, stack = usage(made.asm["cubin"])
@@ -124,6 +117,18 @@ def build(kernel: Any, dtype: str, launch: Launch) -> dict[str, Any]:
         "seconds": seconds, "shared": made.metadata.shared, "registers": registers, "stack": stack,
         "made": made,
     }  # fmt: skip
+
+
+def example(name: str, note: Any, dtype: torch.dtype, names: dict[str, Any]) -> Any:
+    """An argument of a kernel: a group of them, a count or an aligned tensor."""
+    note = getattr(note, "__forward_arg__", note)
+    if note in ("tl.int32", "tl.int64", "float"):
+        return 0
+    kind = names.get(note)
+    if kind and issubclass(kind, tuple):
+        return kind(*(example(*x, dtype, names) for x in kind.__annotations__.items()))
+    found = [t for t, some in TYPES.items() if name in some.split()]
+    return torch.empty(0, dtype=found[0] if found else dtype)
 
 
 def cpu_seconds() -> float:

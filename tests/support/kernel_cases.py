@@ -8,12 +8,14 @@ import triton
 import triton.language as tl
 
 from express_vllm import rng
-from express_vllm.backend.kernels import decode, reference, scratch, step
+from express_vllm.backend.kernels import constants, decode, reference, scratch, step
 from express_vllm.backend.kernels.constants import QUERY_ROWS, Model
+from express_vllm.backend.kernels.events import Kind
 from express_vllm.backend.kernels.memory import Memory, Workspace
 from express_vllm.backend.kernels.rows import event_key, mix
 from express_vllm.backend.kernels.selection import choose_heavy, weigh
 from express_vllm.backend.kernels.step import Chunk, Span, StepPlan, Tuning
+from express_vllm.backend.kernels.team import Team
 from express_vllm.layout import EXACT_SHAPE, RING_ROWS, Layout, make_shape
 from express_vllm.reference.cache import ExpressCache
 
@@ -181,7 +183,7 @@ def choose_kernel(
     score, part, near, total, bits, virtual, recent, stored, incoming, sinks, heavy,
     C: tl.constexpr,
 ):  # fmt: skip
-    weigh(score, part, near, total, bits, heavy + incoming, 0, 1, C, C // 8, 8)
+    weigh(score, part, near, total, bits, heavy + incoming, Team(0, 1, bits), C)
     tl.debug_barrier()
     choose_heavy(bits, virtual, recent, stored, incoming, sinks, heavy, C)
 
@@ -202,7 +204,10 @@ def test_the_heaviest_candidates_stay_and_ties_keep_the_first(heavy, incoming, s
     entries = torch.cat([virtual[sinks : sinks + heavy], torch.arange(incoming) + stored + recent])
     near, total, bits = torch.zeros(RING_ROWS), torch.ones(RING_ROWS), torch.zeros(2048)
     moved = [x.to(DEVICE) for x in (score, part, near, total, bits.int(), virtual)]
-    choose_kernel[(1,)](*moved, recent, stored, incoming, sinks, heavy, 512, num_warps=8)
+    variant = constants.compaction(Kind(True, False, "gaussian"), Model(64, 1, 4, 16), False)
+    choose_kernel[(1,)](
+        *moved, recent, stored, incoming, sinks, heavy, variant.constants, num_warps=8
+    )
     chosen = torch.zeros(count, dtype=torch.bool)
     chosen[mass.sort(descending=True, stable=True).indices[:heavy]] = True
     ours = moved[5].cpu()
@@ -612,7 +617,7 @@ def test_teams_decide_alike():
     plan = StepPlan.make([Chunk(layout, 0, total, 0, 0, SEED)], group, DEVICE)
     source = step.chunk_source(plan, *batch[1:], runner.cache, runner.table)
     scores = step.score_recent(plan, batch[0], runner.cache, source, 1, runner.scale, group)
-    model = step.model_of(runner.cache, group)
+    model = step.Model.of(runner.cache, group)
     lists = [
         step.compact(
             plan, scores, source, heads, model, runner.zero, 0, runner.scale, 0, Tuning(team=team)

@@ -1,4 +1,4 @@
-"""A random Llama for tests of several ranks: its 8 KV heads divide by 2, 4 and 8.
+"""A random Llama for tests that are not about a model; 8 KV heads divide among 2, 4 and 8 ranks.
 
     python tests/support/random_llama.py /folder
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,8 +18,7 @@ from safetensors.torch import save_file
 
 from express_vllm import smallmodel
 
-LAYERS, HIDDEN, MLP = 4, 64, 128
-HEADS, KV_HEADS, HEAD_SIZE = 16, 8, 64
+HIDDEN, MLP, HEAD_SIZE = 64, 128, 64
 CONTEXT = 8192
 #: Standard deviations: what a layer adds to a residual of 1; the logits of attention and of the
 #: model.  Sharp enough that what attention finds decides the next token.
@@ -26,7 +26,18 @@ ATTENTION, FEED_FORWARD = 4.0, 1.0
 SHARPNESS, LOGITS = 3.0, 3.0
 
 
-def write(folder: str | Path, seed: int = 0) -> Path:
+@dataclass(frozen=True)
+class Shape:
+    layers: int = 4
+    heads: int = 16
+    kv_heads: int = 8
+
+
+#: For several ranks, and for tests of one that are not about a model.
+RANKS, QUICK = Shape(), Shape(layers=2, heads=4, kv_heads=2)
+
+
+def write(folder: str | Path, shape: Shape = RANKS, seed: int = 0) -> Path:
     """Write config, weights and tokenizer to `folder`, which may exist."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,9 +51,9 @@ def write(folder: str | Path, seed: int = 0) -> Path:
         "model_type": "llama",
         "hidden_size": HIDDEN,
         "intermediate_size": MLP,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
         "head_dim": HEAD_SIZE,
         "hidden_act": "silu",
         "max_position_embeddings": CONTEXT,
@@ -53,11 +64,12 @@ def write(folder: str | Path, seed: int = 0) -> Path:
         **{name: borrowed[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(weights(config["vocab_size"], seed), folder / "model.safetensors", {"format": "pt"})
+    tensors = weights(config["vocab_size"], shape, seed)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
-def weights(vocabulary: int, seed: int) -> dict[str, torch.Tensor]:
+def weights(vocabulary: int, shape: Shape, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, columns: int, deviation: float) -> torch.Tensor:
@@ -70,12 +82,12 @@ def weights(vocabulary: int, seed: int) -> dict[str, torch.Tensor]:
         # Not the embedding, which would repeat the last token.
         "lm_head.weight": matrix(vocabulary, HIDDEN, LOGITS),
     }
-    for layer in range(LAYERS):
+    for layer in range(shape.layers):
         part = {
-            "self_attn.q_proj": matrix(HEADS * HEAD_SIZE, HIDDEN, SHARPNESS),
-            "self_attn.k_proj": matrix(KV_HEADS * HEAD_SIZE, HIDDEN, 1.0),
-            "self_attn.v_proj": matrix(KV_HEADS * HEAD_SIZE, HIDDEN, 1.0),
-            "self_attn.o_proj": matrix(HIDDEN, HEADS * HEAD_SIZE, ATTENTION),
+            "self_attn.q_proj": matrix(shape.heads * HEAD_SIZE, HIDDEN, SHARPNESS),
+            "self_attn.k_proj": matrix(shape.kv_heads * HEAD_SIZE, HIDDEN, 1.0),
+            "self_attn.v_proj": matrix(shape.kv_heads * HEAD_SIZE, HIDDEN, 1.0),
+            "self_attn.o_proj": matrix(HIDDEN, shape.heads * HEAD_SIZE, ATTENTION),
             "mlp.gate_proj": matrix(MLP, HIDDEN, 1.0),
             "mlp.up_proj": matrix(MLP, HIDDEN, 1.0),
             "mlp.down_proj": matrix(HIDDEN, MLP, FEED_FORWARD),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -50,8 +53,12 @@ def free_port():
 
 
 @contextmanager
-def serve(model_path, log, *arguments, headers=None):
-    """A server of its own, with more `arguments`; `headers` go with every request of its client."""
+def serve(model_path, log, *arguments, headers=None, express=None):
+    """A server of its own, with more `arguments` and settings of `express`.
+
+    `headers` go with every request of its client.
+    """
+    settings = {"memory_tokens": 1024, "max_memory_tokens": 8192, **(express or {})}
     port = free_port()
     script = Path(sys.executable).with_name("vllm")
     program = [script] if script.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
@@ -60,7 +67,7 @@ def serve(model_path, log, *arguments, headers=None):
         "--attention-backend", "express", "--port", str(port), "--host", "127.0.0.1",
         "--served-model-name", "small", *RUNS,
         "--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", str(BLOCKS),
-        "--additional-config", '{"express": {"memory_tokens": 1024, "max_memory_tokens": 8192}}',
+        "--additional-config", json.dumps({"express": settings}),
         *arguments,
     ]  # fmt: skip
     environment = os.environ | {
@@ -68,7 +75,9 @@ def serve(model_path, log, *arguments, headers=None):
         "VLLM_ENABLE_RESPONSES_API_STORE": "1",
     }  # fmt: skip
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, env=environment, start_new_session=True
+        )
     url = f"http://127.0.0.1:{port}"
     with httpx.Client(base_url=url, timeout=300, headers=headers) as client:
         try:
@@ -80,6 +89,8 @@ def serve(model_path, log, *arguments, headers=None):
                 process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # engines outlive a server
 
 
 def _wait(client, process, log):

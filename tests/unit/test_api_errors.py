@@ -92,6 +92,7 @@ def test_every_message_that_vllm_cleans_is_cut_before():
         assert clean("in /usr/lib/python3/x.py at 0x7f>") == "in <path>>"
 
 
+@pytest.mark.slow
 def test_vllms_cleaning_is_still_slow():
     """When this fails, `patches.cut_messages_before_cleaning` has done its work."""
     from time import perf_counter

@@ -15,12 +15,15 @@ from budgets import settings as server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from express_vllm.backend.kernels import scratch, tables
+from express_vllm.backend.batch import Chunk
+from express_vllm.backend.kernels import scratch
 from express_vllm.backend.kernels.constants import Model
 from express_vllm.backend.kernels.events import Kind, RowCache, build, round_width, spread
 from express_vllm.backend.kernels.memory import Memory, Workspace
-from express_vllm.backend.kernels.plan import Chunk, Span, StepPlan
-from express_vllm.backend.kernels.step import Scores, Work
+from express_vllm.backend.kernels.plan import StepPlan
+from express_vllm.backend.kernels.scores import make_scores
+from express_vllm.backend.kernels.span import Span
+from express_vllm.backend.kernels.work import make_work
 from express_vllm.config import ServerConfig
 from express_vllm.layout import DRAW, EXACT_SHAPE, PROFILES, Layout, layout_for, make_shape
 from express_vllm.settings import ATTRIBUTE
@@ -62,20 +65,19 @@ def test_rows_are_what_the_operations_do(slots, schedule, profile, number):
     for first, count in rows.rounds:
         part = rows.ops[first : first + count]
         for op in part:
-            at, length = op[tables.INPUTS], op[tables.LENGTH]
-            read = ids[at : at + length]
-            assert np.array_equal(read, inputs[op[tables.INDEX]])
+            read = ids[op["inputs"] : op["inputs"] + op["length"]]
+            assert np.array_equal(read, inputs[op["number"]])
             outputs_of_rounds = {*range(base)} | made(rows.ops[:first])
             assert {*read.tolist()} <= outputs_of_rounds, "a round reads earlier rounds only"
         done += len(made(part))
     assert done == base + outputs
-    assert sorted(rows.ops[:, tables.INDEX]) == list(range(len(event.ops)))
+    assert sorted(rows.ops["number"]) == list(range(len(event.ops)))
 
 
 def made(ops):
     """Ids that operations name."""
-    counts = np.where(ops[:, tables.KIND] == DRAW, 1, ops[:, tables.LENGTH] // 2)
-    starts = ops[:, tables.OUTPUT]
+    counts = np.where(ops["kind"] == DRAW, 1, ops["length"] // 2)
+    starts = ops["output"]
     return {i for s, n in zip(starts.tolist(), counts.tolist(), strict=True)
             for i in range(s, s + n)}  # fmt: skip
 
@@ -95,7 +97,7 @@ def test_rows_of_many_budgets_take_bounded_memory_and_no_rebuilding():
         layout = layout_for(make_shape(512))
         at = layout.event(5).position
         plan = StepPlan.make([Chunk(layout, at, at + 1)], 4, CPU, compacting=True)
-        size = sum(x.nbytes for x in (plan.events, plan.rounds, plan.ops, plan.ids, plan.bias))
+        size = sum(x.nbytes for x in plan.tables) - plan.tables.requests.nbytes
         first = first or size
         assert size == first < 10_000
     assert len(cache) < asked
@@ -147,8 +149,7 @@ def test_the_worst_mixes_are_cut_to_what_is_reserved(slots, tokens):
         plan = StepPlan.of(some, CPU, 32, Memory(CPU, workspace))
         allocate(plan, SIDE)
         assert plan.memory.used <= scratch.chunk_bytes(plan.extent, plan.kind, SIDE) <= limit
-        arrays = (plan.events, plan.items, plan.rounds, plan.ops, plan.ids, plan.bias)
-        assert plan.requests.nbytes + sum(x.nbytes for x in arrays) <= plan.extent.tables
+        assert sum(x.nbytes for x in plan.tables) <= plan.extent.tables
         for span in some:
             row = span.chunk.row
             assert span.chunk.start == seen.get(row, step[row].start)
@@ -176,8 +177,8 @@ def test_events_of_many_decodes_take_what_is_reserved(layers):
         found = scratch.sharing(
             plan.extent, plan.kind, SIDE, together, True, limit=share.sharing_limit
         )
-        Scores.make(plan, SIDE.heads, SIDE.model.size, together, torch.bfloat16)
-        Work.make(plan, SIDE.heads, together, found)
+        make_scores(plan, SIDE.heads, SIDE.model.size, together, torch.bfloat16)
+        make_work(plan, SIDE.heads, together, found)
         programs = max(1, share.spare // scratch.spare_bytes(plan.extent, SIDE))
         plan.memory.empty(programs, scratch.spare_bytes(plan.extent, SIDE), dtype=torch.uint8)
         assert plan.memory.used <= limit
@@ -188,9 +189,9 @@ def allocate(plan, side):
     """What a chunk's plan takes, with a dense copy."""
     plan.memory.empty(plan.extent.dense, side.heads, 2 * side.model.size, dtype=torch.bfloat16)
     if plan.kind:
-        Scores.make(plan, side.heads, side.model.size, 1, torch.bfloat16)
+        make_scores(plan, side.heads, side.model.size, 1, torch.bfloat16)
         found = scratch.sharing(plan.extent, plan.kind, side, 1, False)
-        Work.make(plan, side.heads, 1, found)
+        make_work(plan, side.heads, 1, found)
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,45 +1,14 @@
-"""What the experiments share: a loaded model, batches of documents, a clock."""
+"""What the experiments share: layers that are replaced, a clock."""
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from ..caches import ExactCache
 from ..harness import Heads, LayerCache
-
-Rows = list[dict[str, Any]]
-#: Rows and what else belongs into the result file.
-Result = tuple[Rows, dict[str, Any]]
-
-
-@dataclass
-class Run:
-    """A model, its documents (name -> token ids) and the command's options."""
-
-    model: Any
-    heads: Heads
-    tokenizer: Any
-    documents: dict[str, list[int]]
-    options: argparse.Namespace
-    title: str
-
-    def batches(self, stop: int) -> Iterator[tuple[list[str], Tensor]]:
-        """Names and the first `stop` token ids [B, stop] of some documents at a time."""
-        names = list(self.documents)
-        for at in range(0, len(names), self.options.batch):
-            part = names[at : at + self.options.batch]
-            ids = torch.tensor([self.documents[name][:stop] for name in part])
-            yield part, ids.to(self.model.device)
-
-    def tokenize(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def last_replaced(heads: Heads, caches: Sequence[LayerCache], count: int) -> list[LayerCache]:

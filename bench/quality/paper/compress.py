@@ -17,10 +17,14 @@ from torch import Tensor
 from .. import presses, recall
 from ..caches import ExactCache, attend, joined
 from ..harness import Heads, LayerCache, Stream, log_probabilities
-from ..policies import SINKS, Policy
+from ..methods.eviction import SINKS
+from ..policies import Policy
 from ..progress import Progress
-from .common import Result, Rows, Run
+from ..run import Result, Rows, Run
 
+FILE = "paper/compress"
+SPLIT = "report"
+BATCH = 16
 FULL = {"length": 7680, "continuation": 256, "slots": [1024], "depths": [0.1, 0.5, 0.9]}
 SMALL = {"length": 768, "continuation": 64, "slots": [256], "documents": 3, "depths": [0.5]}
 #: `itself`: the cache that the prompt left goes on; `full`: every token of the prompt is kept.

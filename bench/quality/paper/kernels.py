@@ -17,8 +17,9 @@ from express_vllm.layout import layout_for, make_shape
 from express_vllm.reference.attention import log_weights
 
 from ..progress import Progress
+from ..run import Rows
 from . import hyper
-from .common import Rows, times
+from .common import times
 
 Batch = tuple[Tensor, Tensor, Tensor]  # [T, heads, d], [T, KV heads, d] twice
 METHODS = ("express", "FA2", "FA3", "hyper")

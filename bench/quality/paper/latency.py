@@ -20,9 +20,13 @@ from ..express import CPU_BLOCK, GPU_BLOCK
 from ..harness import Heads
 from ..policies import Policy
 from ..progress import Progress
+from ..run import Result, Rows, Run
 from . import size
-from .common import Result, Rows, Run, times
+from .common import times
 
+FILE = "paper/time"
+SPLIT = "report"
+BATCH = 16
 POLICIES = ["express", "paper", "streaming"]
 FULL = {"length": 8192, "first": 512, "slots": [512, 1024, 2048, 4096], "policies": POLICIES}
 SMALL = {"length": 768, "first": 96, "slots": [128, 256, 384], "policies": POLICIES,

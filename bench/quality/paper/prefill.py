@@ -14,9 +14,13 @@ import torch
 from ..harness import LayerCache, Stream, log_probabilities
 from ..policies import Policy
 from ..progress import Progress
+from ..run import Result, Rows, Run
 from . import hyper
-from .common import Result, Rows, Run, last_replaced
+from .common import last_replaced
 
+FILE = "paper/prefill"
+SPLIT = "report"
+BATCH = 16
 FULL = {"length": 8192, "slots": [1024],
         "lengths": [8192, 32768, 131072, 524288]}  # fmt: skip
 SMALL = {"length": 768, "slots": [128], "documents": 2, "lengths": [8192, 32768]}

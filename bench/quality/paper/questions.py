@@ -17,7 +17,7 @@ import torch
 from ..harness import Stream
 from ..policies import Policy
 from ..progress import Progress
-from .common import Rows, Run
+from ..run import Rows, Run
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 

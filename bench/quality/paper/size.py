@@ -8,12 +8,15 @@ questions, whether greedy answers are right.
 from __future__ import annotations
 
 from .. import nll
-from ..policies import Policy, seeded
+from ..policies import Policy
+from ..run import Result, Rows, Run
 from . import questions
-from .common import Result, Rows, Run
 
 #: Budgets as parts of the length.
 SHARES = (8, 4, 2)
+FILE = "paper/size"
+SPLIT = "report"
+BATCH = 16
 POLICIES = ["express", "paper", "streaming", "snapkv", "h2o"]
 FULL = {"length": 8192, "first": 512, "policies": POLICIES, "questions": 50, "answer": 512}
 SMALL = {"length": 768, "first": 96, "policies": POLICIES, "documents": 2, "questions": 2,
@@ -55,11 +58,6 @@ def policies(run: Run, slots: list[int]) -> list[Policy]:
 
 def accuracy(run: Run, slots: list[int]) -> Rows:
     """A row per policy, slots, seed and document, the policies that need no seeds first."""
-    options = run.options
-    documents = {name: ids[: options.length] for name, ids in run.documents.items()}
-    order = sorted(policies(run, slots), key=lambda p: (p.name != "exact", seeded(p)))
-    rows = nll.measure(
-        run.model, run.heads, documents, order, options.seeds, options.first, options.chunk,
-        options.batch,
-    )  # fmt: skip
+    order = sorted(policies(run, slots), key=lambda p: (p.name != "exact", p.method.seeded))
+    rows = nll.losses(run, order)
     return [{"what": "nll", **{k: v for k, v in row.items() if k != "parts"}} for row in rows]

@@ -1,18 +1,19 @@
-"""The paper's experiments in docs/results.md: tables and plots from the stored rows."""
+"""The paper's experiments as Markdown tables."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ...record import table
-from .. import report
-from ..report import mean_error, shown
-from .common import Rows
+from ..policies import place, title
+from ..run import Rows
+from ..stats import gaps, shown, with_error
 
+Stored = dict[str, Any]
 TITLES = {
     "express": "Express (equal layers)", "hyper": "HyperAttention-style",
     "streaming": "StreamingLLM",
@@ -20,14 +21,6 @@ TITLES = {
     "full": "nothing removed", "snapkv": "SnapKV", "pyramid": "PyramidKV",
     "itself": "Express alone",
 }  # fmt: skip
-#: What the paper says of its own implementation; nothing else of it is quoted.
-THEIRS = (
-    "The paper reports up to 82 times over FlashAttention 2 for its implementation: their figure, "
-    "on their machine, with their settings."
-)
-LINES = ("-", "--", "-.", ":")
-#: Mean and standard error of x, then of y.
-Point = tuple[float, float, float, float]
 
 
 def middle(values: Sequence[float]) -> tuple[float, float]:
@@ -38,16 +31,7 @@ def middle(values: Sequence[float]) -> tuple[float, float]:
     return median, (high - low) / 2
 
 
-def _duration(values: Sequence[float], digits: int = 1) -> str:
-    median, spread = middle(values)
-    return f"{median:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
-
-
-def _small(stored: dict[str, Any]) -> str:
-    return " (small run)" if stored["small"] else ""
-
-
-def _gap(rows: Rows, base: Rows) -> list[float]:
+def above(rows: Rows, base: Rows) -> list[float]:
     """NLL of each document above that of `base`, means over seeds."""
     values: dict[str, list[float]] = defaultdict(list)
     for row in rows:
@@ -56,289 +40,154 @@ def _gap(rows: Rows, base: Rows) -> list[float]:
     return [statistics.fmean(v) - exact[name] for name, v in values.items() if name in exact]
 
 
-def _where(rows: Rows, **values: Any) -> Rows:
+def where(rows: Rows, **values: Any) -> Rows:
     return [row for row in rows if all(row[key] == value for key, value in values.items())]
 
 
-def _distinct(rows: Rows, key: str) -> list[Any]:
+def distinct(rows: Rows, key: str) -> list[Any]:
     return list(dict.fromkeys(row[key] for row in rows))
 
 
-# --- prefill ---
-
-
-def prefill(name: str, stored: dict[str, Any]) -> str:
-    rows = [row for row in stored["rows"] if row["what"] == "perplexity"]
-    base = _where(rows, method="exact")
-    exact = [row["nll"] for row in base]
-    parts = [
-        report._head(
-            "Paper: prefill with approximate attention" + _small(stored), stored,
-            "The last layers' attention is replaced, the others are exact. Perplexity over the "
-            f"tokens from position {min(stored['slots'])} on, and in brackets the NLL gap to the "
-            f"exact model in nats a token (± one standard error over documents); exact: "
-            f"{_perplexity(exact)}. The paper keeps the first and last 32 tokens exact; here "
-            "Express and StreamingLLM keep 4 sinks and their window, and the HyperAttention-style "
-            "estimator the leaves of its causal recursion, of half the slots; its block and its "
-            "samples have a quarter of the slots each, at every level of the recursion, so that "
-            "its queries read more than the others'.",
-        ),
-        table(_replaced(rows, base)), "", _replaced_plot(name, rows, base),
-    ]  # fmt: skip
-    timed = [row for row in stored["rows"] if row["what"] == "time"]
-    if timed:
-        return "\n".join([*parts, _times(name, timed)])
-    return "\n".join([*parts, "The time of prefill attention needs a GPU: not in this run. "
-                      + THEIRS, ""])  # fmt: skip
-
-
-def _perplexity(nll: Sequence[float]) -> str:
+def perplexity(nll: Sequence[float]) -> str:
     return f"{math.exp(statistics.fmean(nll)):.2f}"
 
 
-def _replaced(rows: Rows, base: Rows) -> Rows:
+def replaced(stored: Stored) -> str:
+    """Perplexity with the attention of the last layers replaced."""
+    rows = where(stored["rows"], what="perplexity")
+    base, some = where(rows, method="exact"), [r for r in rows if r["method"] != "exact"]
     lines = []
-    some = [row for row in rows if row["method"] != "exact"]
-    for slots in sorted(set(_distinct(some, "slots"))):
-        for method in _distinct(some, "method"):
+    for slots in sorted(distinct(some, "slots")):
+        for method in distinct(some, "method"):
             line = {"attention": TITLES[method], "slots": f"{slots:,}"}
-            for count in sorted(set(_distinct(some, "layers"))):
-                found = _where(some, method=method, slots=slots, layers=count)
+            for count in sorted(distinct(some, "layers")):
+                found = where(some, method=method, slots=slots, layers=count)
                 line[f"last {count} layers"] = "-" if not found else (
-                    f"{_perplexity([r['nll'] for r in found])} ({shown(_gap(found, base))})"
+                    f"{perplexity([r['nll'] for r in found])} ({shown(above(found, base))})"
                 )  # fmt: skip
             lines.append(line)
-    return lines
+    return (
+        f"Perplexity from position {min(stored['slots'])} on and, in brackets, nats a token above "
+        f"the exact model's, ± one standard error over documents. Exact: "
+        f"{perplexity([r['nll'] for r in base])}.\n\n" + table(lines)
+    )
 
 
-def _replaced_plot(name: str, rows: Rows, base: Rows) -> str:
-    lines: dict[str, list[Point]] = defaultdict(list)
-    slots = max(_distinct(rows, "slots"))
-    for method in _distinct(_where(rows, slots=slots), "method"):
-        lines[TITLES[method]].append((0, 0, 0, 0))
-        found = _where(rows, method=method, slots=slots)
-        for count in sorted(set(_distinct(found, "layers"))):
-            gap = mean_error(_gap(_where(found, layers=count), base))
-            lines[TITLES[method]].append((count, 0, *gap))
-    return curves(f"{name}-perplexity", lines, "replaced layers, from the last one on",
-                  f"NLL gap, nats a token ({slots:,} slots)")  # fmt: skip
-
-
-def _times(name: str, rows: Rows) -> str:
-    lines, plots = [], []
-    for masked, kind in ((True, "causal"), (False, "unmasked")):
-        points: dict[str, list[Point]] = {}
-        for method in _distinct(rows, "method"):
-            found = sorted(_where(rows, method=method, causal=masked), key=lambda r: r["tokens"])
-            if not found:
-                continue
-            lines.append({"attention": TITLES[method], "mask": kind} | {
-                f"{n:,} tokens": _time(rows, masked, method, n)
-                for n in sorted(set(_distinct(rows, "tokens")))})  # fmt: skip
-            points[TITLES[method]] = [(r["tokens"], 0, *middle(r["ms"])) for r in found]
-        what = f"one layer's {kind} prefill attention, ms"
-        plots.append(
-            curves(f"{name}-time-{kind}", points, "prompt, tokens", what, logarithmic=True)
-        )
-    return "\n".join([
-        "### Time of one layer's prefill attention", "",
-        f"32 query and 8 KV heads of 128, bfloat16, batch 1, {rows[0]['slots']:,} slots, "
-        "compression included; ms, median ± half the interquartile range of the repetitions, and "
-        "in brackets how many times faster than FlashAttention 2. Unmasked, Express lets all "
-        "queries attend to what its cache holds in the end. The HyperAttention-style estimator is "
-        "plain torch in fp32: its "
-        f"time says how it grows, not how fast it can be. {THEIRS}",
-        "", table(lines), "", *plots,
-    ])  # fmt: skip
+def prefill_times(stored: Stored) -> str:
+    """Of one layer's attention, on a GPU."""
+    rows = where(stored["rows"], what="time")
+    lines = [
+        {"attention": TITLES[method], "mask": kind}
+        | {f"{n:,} tokens": _time(rows, masked, method, n)
+           for n in sorted(distinct(rows, "tokens"))}
+        for masked, kind in ((True, "causal"), (False, "unmasked"))
+        for method in distinct(where(rows, causal=masked), "method")
+    ]  # fmt: skip
+    return (
+        f"Milliseconds, median ± half the interquartile range, {rows[0]['slots']:,} slots; in "
+        "brackets how many times faster than FlashAttention 2.\n\n" + table(lines)
+    )
 
 
 def _time(rows: Rows, masked: bool, method: str, tokens: int) -> str:
-    found = _where(rows, causal=masked, method=method, tokens=tokens)
+    found = where(rows, causal=masked, method=method, tokens=tokens)
     if not found:
         return "-"
-    text = _duration(found[0]["ms"], 2)
-    rival = _where(rows, causal=masked, method="FA2", tokens=tokens)
+    text = with_error(*middle(found[0]["ms"]), 2)
+    rival = where(rows, causal=masked, method="FA2", tokens=tokens)
     if method == "FA2" or not rival:
         return text
     ratio = middle(rival[0]["ms"])[0] / middle(found[0]["ms"])[0]
     return f"{text} ({ratio:.1f})"
 
 
-# --- compress ---
-
-
-def compress(name: str, stored: dict[str, Any]) -> str:
-    rows = stored["rows"]
-    bars: dict[str, dict[int, list[float]]] = defaultdict(dict)
+def compressed(stored: Stored) -> str:
+    """What each method loses that compresses the prompt's cache once."""
     lines = []
-    for slots in _distinct(rows, "slots"):
-        some = _where(rows, slots=slots)
-        base = _where(some, what="nll", prefill="exact", method="full")
-        alone = _where(some, what="nll", method="itself")
-        for kind in _distinct(some, "prefill"):
-            for method in _distinct(_where(some, prefill=kind), "method"):
-                found = _where(some, prefill=kind, method=method)
-                again = _where(found, what="nll")
+    for slots in distinct(stored["rows"], "slots"):
+        some = where(stored["rows"], slots=slots)
+        base = where(some, what="nll", prefill="exact", method="full")
+        alone = where(some, what="nll", method="itself")
+        for kind in distinct(some, "prefill"):
+            for method in distinct(where(some, prefill=kind), "method"):
+                found = where(some, prefill=kind, method=method)
+                again = where(found, what="nll")
                 if not again:
-                    continue
-                gap = _gap(again, base)
-                label = TITLES[method] if method == "itself" else f"{kind} + {TITLES[method]}"
-                bars[label][slots] = gap
+                    continue  # time was up
                 lines.append({
                     "prefill": kind, "method": TITLES[method], "slots": f"{slots:,}",
                     "used": f"{again[0]['used']:,.0f}",
-                    "NLL gap": "0" if again == base else shown(gap),
-                    "above Express alone": "0" if again == alone else shown(_gap(again, alone)),
+                    "NLL gap": "0" if again == base else shown(above(again, base)),
+                    "above Express alone": "0" if again == alone else shown(above(again, alone)),
                     **{f"{task}, {what}": _share(found, task, what)
                        for task in ("needle", "pairs") for what in ("choice", "match")},
                 })  # fmt: skip
-    plot = report._plot_bars(name, bars, "NLL gap of the continuation, nats a token", "slots")
-    return "\n".join([
-        report._head(
-            "Paper: compressing the cache after the prompt" + _small(stored), stored,
-            f"Prompts of {stored['length']:,} tokens, then {stored['continuation']} that are "
-            "scored. A method compresses once, at the prompt's end, to so many slots that with the "
-            "scored tokens it holds what Express alone may hold (*used*: per layer and KV head, "
-            "mean over layers; PyramidKV gives early layers more), and fewer before. NLL gap to "
-            "exact attention and nothing removed, and document by document to Express alone, ± one "
-            "standard error over documents; *choice*: the right answer is likelier than seven "
-            "others; *match*: greedy decoding gives it.",
-        ),
-        table(lines), "", plot,
-    ])  # fmt: skip
+    return table(lines)
 
 
 def _share(rows: Rows, task: str, what: str) -> str:
-    found = [float(row[what]) for row in _where(rows, what=task)]
+    found = [float(row[what]) for row in where(rows, what=task)]
     return shown(found, 2) if found else "-"
 
 
-# --- size and time ---
+def in_order(labels: Sequence[str]) -> list[str]:
+    return sorted(dict.fromkeys(labels), key=place)
 
 
-def _in_order(labels: Sequence[str]) -> list[str]:
-    return sorted(dict.fromkeys(labels), key=report.place)
-
-
-def _gaps(rows: Rows) -> dict[tuple[str, int], list[float]]:
-    found = report.gaps(_where(rows, what="nll"))
+def losses(stored: Stored) -> dict[tuple[str, int], list[float]]:
+    found = gaps(where(stored["rows"], what="nll"))
     return {key: list(values.values()) for key, values in found.items()}
 
 
-def size(name: str, stored: dict[str, Any]) -> str:
-    gaps, slots = _gaps(stored["rows"]), stored["slots"]
-    labels = _in_order([label for label, _ in gaps])
+def sizes(stored: Stored) -> str:
+    found = losses(stored)
     lines = [
-        {"cache": report.title(label)} | {
-            f"{n:,} slots": shown(gaps[label, n]) if (label, n) in gaps else "-" for n in slots}
-        for label in labels
+        {"cache": title(label)} | {
+            f"{n:,} slots": shown(found[label, n]) if (label, n) in found else "-"
+            for n in stored["slots"]}
+        for label in in_order([label for label, _ in found])
     ]  # fmt: skip
-    points = {
-        report.title(label): [(n, 0.0, *mean_error(gaps[label, n])) for n in slots
-                              if (label, n) in gaps]
-        for label in labels
-    }  # fmt: skip
-    exact = [row["nll"] for row in _where(stored["rows"], what="nll") if row["policy"] == "exact"]
-    return "\n".join([
-        report._head(
-            "Paper: accuracy against cache size in long decoding" + _small(stored), stored,
-            f"A prompt of {stored['first']} tokens, then teacher-forced to position "
-            f"{stored['length'] - 1:,}; NLL gap to exact attention in nats a token (exact: "
-            f"{shown(exact)}), ± one standard error over documents.",
-        ),
-        table(lines), "",
-        curves(name, points, "budget, slots", "NLL gap to exact attention, nats a token",
-               dodge=True),
-        *_answers(stored["rows"]),
-    ])  # fmt: skip
+    exact = [r["nll"] for r in where(stored["rows"], what="nll") if r["policy"] == "exact"]
+    return (
+        f"Positions {stored['first']} to {stored['length'] - 1:,}, nats a token above exact "
+        f"attention ({shown(exact)}), ± one standard error over documents.\n\n" + table(lines)
+    )
 
 
-def _answers(rows: Rows) -> list[str]:
+def answers(stored: Stored) -> str:
     """Share of right greedy answers, if there was a file of questions."""
-    asked = _where(rows, what="answers")
+    asked = where(stored["rows"], what="answers")
     slots = sorted({row["slots"] for row in asked if row["slots"]})
     lines = []
-    for label in _distinct(asked, "policy"):
-        line = {"cache": report.title(label)}
+    for label in distinct(asked, "policy"):
+        line = {"cache": title(label)}
         for n in slots or [0]:
-            found = _where(asked, policy=label, slots=0 if label == "exact" else n)
+            found = where(asked, policy=label, slots=0 if label == "exact" else n)
             line[f"{n:,} slots"] = shown([float(r["right"]) for r in found], 2) if found else "-"
         lines.append(line)
-    head = f"Share of right greedy answers to {len(set(_distinct(asked, 'question')))} questions:"
-    return [head, "", table(lines), ""] if lines else []
+    return table(lines)
 
 
-def time(name: str, stored: dict[str, Any]) -> str:
-    rows, gaps = stored["rows"], _gaps(stored["rows"])
-    lines, points = [], defaultdict(list)
-    timed = _where(rows, what="time")
-    order = _in_order([row["policy"] for row in timed])
+#: What a row of times is of, if not of a policy.
+EXACT = {"exact": "exact, our kernel", "torch": "exact, torch SDPA"}
+
+
+def times(stored: Stored) -> str:
+    """Attention's time a token and the loss, of every policy and budget."""
+    found, timed = losses(stored), where(stored["rows"], what="time")
+    order = in_order(distinct(timed, "policy"))
+    lines = []
     for row in sorted(timed, key=lambda r: (order.index(r["policy"]), r["slots"])):
         label, n = row["policy"], row["slots"]
-        gap = [0.0] if label in ("exact", "torch") else gaps.get((label, n))
-        title = {"exact": "exact, our kernel", "torch": "exact, torch SDPA"}.get(label)
-        title = title or report.title(label)
+        gap = found.get((label, n))
         lines.append({
-            "cache": title, "slots": f"{n:,}" if n else "all", "entries read": f"{row['live']:,}",
-            "µs a token": _duration(row["us"], 3),
+            "cache": EXACT.get(label) or title(label), "slots": f"{n:,}" if n else "all",
+            "entries read": f"{row['live']:,}",
+            "µs a token": with_error(*middle(row["us"]), 3),
             "NLL gap": "0" if not n else shown(gap) if gap else "-",
         })  # fmt: skip
-        if gap:
-            points[title].append((*middle(row["us"]), *mean_error(gap)))
-    return "\n".join([
-        report._head(
-            "Paper: accuracy against attention's time a token" + _small(stored), stored,
-            "One layer's decode attention with the model's heads, "
-            f"a batch of {stored['requests']}, each after {stored['length']:,} tokens: "
-            "microseconds a token and request by the kernel that serves, compactions not included, "
-            "median ± half the interquartile range of the repetitions; NLL gap as in the table of "
-            "sizes, ± one standard error over documents.",
-        ),
-        table(lines), "",
-        curves(name, points, "attention of one layer, µs a token",
-               "NLL gap to exact attention, nats a token"),
-    ])  # fmt: skip
-
-
-def curves(
-    name: str, lines: dict[str, list[Point]], x_axis: str, y_axis: str, logarithmic: bool = False,
-    dodge: bool = False,
-) -> str:  # fmt: skip
-    """Lines with error bars that differ in marker, dash and grey; `dodge` sets those of equal x
-    side by side."""
-    figure, axes = report._figure()
-    apart = 0.012 * max(p[0] for points in lines.values() for p in points) if dodge else 0.0
-    for i, (label, points) in enumerate(lines.items()):
-        x, x_error, y, y_error = zip(*points, strict=True)
-        beside = [value + apart * (i - (len(lines) - 1) / 2) for value in x]
-        axes.errorbar(
-            beside, y, xerr=_bars(x_error), yerr=_bars(y_error), label=label, capsize=3,
-            markersize=6, linestyle=LINES[i % len(LINES)],
-            marker=report.MARKERS[i % len(report.MARKERS)],
-            color=str(0.6 * i / max(1, len(lines) - 1)),
-        )  # fmt: skip
-    if logarithmic:
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        ticks = sorted({p[0] for points in lines.values() for p in points})
-        axes.set_xticks(ticks, [f"{int(n) // 1024}K" for n in ticks])
-        axes.minorticks_off()
-    else:
-        axes.margins(x=0.08)
-        axes.set_xlim(left=0)
-        axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xlabel(x_axis)
-    axes.set_ylabel(y_axis)
-    axes.grid(color="0.85")
-    axes.set_axisbelow(True)
-    figure.legend(frameon=False, fontsize=9, loc="outside right upper")
-    return report._store(figure, name, y_axis)
-
-
-def _bars(errors: Sequence[float]) -> list[float]:
-    return [0.0 if math.isnan(error) else error for error in errors]
-
-
-SECTIONS: dict[str, Callable[[str, dict[str, Any]], str]] = {
-    "paper-prefill": prefill, "paper-compress": compress, "paper-size": size, "paper-time": time,
-}  # fmt: skip
+    return (
+        f"A batch of {stored['requests']}, each after {stored['length']:,} tokens: microseconds a "
+        "token and request, median ± half the interquartile range; nats a token above exact "
+        "attention, ± one standard error over documents.\n\n" + table(lines)
+    )

@@ -1,0 +1,116 @@
+"""What README and docs promise a reader: short sentences, links that lead somewhere, commands that
+exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "examples/*.md", "tests/*.md", "bench/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+README_LINES, SENTENCE_WORDS = 125, 35
+
+FENCED = re.compile(r"^```.*?^```", re.M | re.S)
+LINK = re.compile(r"!?\[([^\]]*)\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ +(.*)$", re.M)
+LIST_ITEM = re.compile(r"^ *(?:[-*]|\d+\.) ", re.M)
+SENTENCE_END = re.compile(r"(?<=[.!?:]) +(?=[\W_]*[A-Z]|`)|(?<=[.!?]\)) +(?=[A-Z])")
+
+
+def names(path):
+    return str(path.relative_to(ROOT))
+
+
+def sentences(text):
+    """Those of paragraphs and list items: not of headings, tables, code and comments."""
+    text = re.sub(r"<!--.*?-->", "", FENCED.sub("", text), flags=re.S)
+    lines = ("" if line.startswith(("#", "|", "    ")) else line for line in text.splitlines())
+    text = LIST_ITEM.sub("\n", LINK.sub(r"\1", "\n".join(lines)))
+    for paragraph in re.split(r"\n\s*\n", text):
+        yield from SENTENCE_END.split(" ".join(paragraph.split()))
+
+
+def anchors(text):
+    """As GitHub makes them from headings."""
+    for heading in HEADING.findall(FENCED.sub("", text)):
+        plain = LINK.sub(r"\1", heading).lower()
+        yield re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+
+
+def commands(text):
+    """Lines of code blocks, fenced or indented, and code within sentences."""
+    for block in FENCED.findall(text):
+        yield from block.splitlines()[1:-1]
+    rest = FENCED.sub("", text)
+    yield from (line.strip() for line in rest.splitlines() if line.startswith("    "))
+    yield from re.findall(r"`([^`\n]+)`", rest)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=names)
+def test_sentences_are_short(path):
+    long = [s for s in sentences(path.read_text()) if len(s.split()) > SENTENCE_WORDS]
+    assert not long
+
+
+@pytest.mark.parametrize("path", PAGES, ids=names)
+def test_links_lead_somewhere(path):
+    for _, target in LINK.findall(FENCED.sub("", path.read_text())):
+        if re.match(r"https?:|mailto:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        found = (path.parent / name).resolve() if name else path
+        assert found.exists(), target
+        assert not anchor or anchor in set(anchors(found.read_text())), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=names)
+def test_headings_are_unique(path):
+    found = list(anchors(path.read_text()))
+    if path.name != "CHANGELOG.md":  # every version has the same ones
+        assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=names)
+def test_commands_exist(path):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for line in commands(path.read_text()):
+        for target in re.findall(r"(?:^|&& |\$ )make ([a-z-]+)", line):
+            assert target in targets, line
+        for module in re.findall(r"python3? -m ((?:bench|express_vllm)[\w.]*)", line):
+            assert importlib.util.find_spec(module), line
+        for script in re.findall(r"(?<![\w/.-])((?:deploy|examples|tests)/[\w./-]+\w)", line):
+            assert (ROOT / script).exists(), line
+        for command in re.findall(r"express-vllm ([a-z]+)(?= |$)", line):
+            assert command in ("doctor", "check", "conflicts"), line
+
+
+def test_pages_name_files_of_the_code_that_exist():
+    for name, folder in (("architecture.md", ROOT), ("kernels.md", ROOT / "backend" / "kernels")):
+        _, _, table = (ROOT / "docs" / name).read_text().partition("| --- |")
+        found = re.findall(r"`([\w/]+(?:\.py|/))`", table.split("\n\n")[0])
+        assert found and [path for path in found if not (folder / path).exists()] == []
+
+
+def test_the_readme_is_read_in_two_minutes():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
+
+
+def test_the_packages_description_has_absolute_links_to_files_that_exist():
+    """It is shown where the repository's files are not."""
+    command = [sys.executable, "setup.py", "--long-description"]
+    text = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    inside = re.compile(re.escape(project["urls"]["Repository"]) + r"/(?:blob|raw)/main/([^#]*)")
+    found = [inside.match(target) for _, target in LINK.findall(text) if "arxiv" not in target]
+    assert len(found) > 10 and all(found)
+    assert [match[1] for match in found if not (ROOT / match[1]).exists()] == []

@@ -1,0 +1,51 @@
+"""The README's figures are those of stored results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def rows(name):
+    """The stored rows of vLLM's own attention and of express."""
+    return json.loads((ROOT / "bench" / "results" / "speed" / f"{name}.json").read_text())["rows"]
+
+
+def line(start):
+    """The cells of the table row that starts so."""
+    (found,) = re.findall(rf"^\| ({re.escape(start)}.*) \|$", README, re.M)
+    return [cell.strip() for cell in found.split("|")]
+
+
+@pytest.mark.parametrize(("name", "start", "figure", "form"), [
+    ("engine", "8B model: first token", "first token at 131072, s", "{:.1f} s"),
+    ("engine", "requests that run at once", "requests, 8192 tokens of output", "{}"),
+    ("engine", "output tokens per second", "tokens/s, 8192 tokens of output", "{:,}"),
+    ("engine-70b", "70B model: first token", "first token at 131072, s", "{:.1f} s"),
+])  # fmt: skip
+def test_speed(name, start, figure, form):
+    flash, express = (row[figure] for row in rows(name))
+    _, *cells, gain = line(start)
+    assert cells == [form.format(flash), form.format(express)]
+    assert gain.startswith(f"{max(flash, express) / min(flash, express):.1f} times")
+
+
+def test_likelihood():
+    table = (ROOT / "docs" / "results" / "likelihood.md").read_text()
+    plain = re.sub(r" ± [\d.]+", "", table)
+    for budget in ("512", "1,024", "2,048"):
+        for cell in line(f"{budget} tokens")[1:]:
+            assert cell in plain, cell
+    loss = line("express | always")[-1]
+    assert f"| {loss} (" in plain
+
+
+def test_recall():
+    share = line("**Bad news:**")[2].split("%")[0]
+    assert f"0.{share} ± " in (ROOT / "docs" / "results" / "recall.md").read_text()
