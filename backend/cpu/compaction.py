@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, cfunc, njit
 
-from express_vllm.layout import DRAW, RING_ROWS
+from express_vllm.layout import DRAW, RING_ROWS, Event, Op
 from express_vllm.rng import STREAM_COMPLEMENT, STREAM_DRAW, STREAM_SIGN
 
 from . import team
@@ -24,6 +24,7 @@ _SIGN, _COMPLEMENT, _DRAWN = STREAM_SIGN, STREAM_COMPLEMENT, STREAM_DRAW
 #: log(2 / delta) of the published threshold, delta = 1/2 (reference.halving.DELTA).
 _LOG_TWO_OVER_DELTA = np.float32(np.log(4.0))
 _ROWS = 4
+_OP = np.dtype([(name, np.int64) for name in Op._fields])
 
 
 @njit(fastmath=_FAST, cache=True)
@@ -213,26 +214,53 @@ def _dots(points, block, rows, out):
         out[0, j], out[1, j], out[2, j], out[3, j] = s0, s1, s2, s3
 
 
+class _Parameters:
+    heads: int
+    capacity: int  # slots of source and target
+    size: int
+    live: int  # slots before the event
+    op_count: int
+    seed: int
+    layer: int
+    first_head: int
+    position: int
+    sinks: int
+    heavy: int
+    incoming_start: int
+    incoming: int
+    kind: int  # of the halving kernel
+    source: int  # addresses, as all below
+    target: int
+    rows: int
+    log_weight: int
+    order: int
+    ops: int
+    scale: float
+
+
+_RECORD = team.Record(_Parameters)
+_FIELDS = _RECORD.dtype
+
+
 @njit(cache=True)
-def compact_head(
-    source, target, rows, log_weight, order, ops, event_key, sinks, heavy, window,
-    incoming_start, incoming, scale, kind,
-):  # fmt: skip
-    """Run one event: source [slots, 2 d] -> target, the kept slots in `order`; -> live slots."""
+def compact_head(source, target, rows, log_weight, order, ops, event_key, event):
+    """Run one event, whose sizes are fields of the record `event`: source [slots, 2 d] -> target,
+    the kept slots in `order`; -> live slots."""
     live = log_weight.shape[0]
     for j in range(live):
         order[j] = j
-    if heavy > 0:
+    if event.heavy > 0:
         mass = np.empty(live, np.float32)
-        attention_mass(rows, source, log_weight, scale, mass)
-        keep_heavy(order, mass, sinks, heavy, incoming_start, incoming)
+        attention_mass(rows, source, log_weight, event.scale, mass)
+        keep_heavy(order, mass, event.sinks, event.heavy, event.incoming_start, event.incoming)
     for index in range(ops.shape[0]):
-        start, length = ops[index, 1], ops[index, 2]
-        if ops[index, 0] == _DRAW:
-            order[start] = order[start + _drawn(length, ops[index, 4], event_key, index)]
+        op = ops[index]
+        start, length = op.start, op.length
+        if op.kind == _DRAW:
+            order[start] = order[start + _drawn(length, op.seen, event_key, index)]
             kept = 1
         else:
-            halve(source, order, start, length, kind, event_key, index)
+            halve(source, order, start, length, event.kind, event_key, index)
             kept = length // 2
         for j in range(start + length, live):
             order[j - length + kept] = order[j]
@@ -263,28 +291,27 @@ def _event_key(seed, layer, kv_head, position):
 
 @cfunc(team.SIGNATURE, cache=True)
 def _compact(pointer):
-    words = carray(pointer, 24, np.int64)
-    (heads, capacity, size, live, op_count, seed, layer, first_head, position, sinks, heavy, window,
-     incoming_start, incoming, kind) = (
-        words[2], words[3], words[4], words[5], words[6], words[7], words[8], words[9], words[10],
-        words[11], words[12], words[13], words[14], words[15], words[16],
-    )  # fmt: skip
-    source = carray(as_pointer(words[17]), (heads, capacity, 2 * size), np.float32)
-    target = carray(as_pointer(words[18]), (heads, capacity, 2 * size), np.float32)
-    rows = carray(as_pointer(words[19]), (heads, RING_ROWS, size), np.float32)
-    log_weight = carray(as_pointer(words[20]), live, np.float32)
-    order = carray(as_pointer(words[21]), (heads, live), np.int64)
-    ops = carray(as_pointer(words[22]), (op_count, 5), np.int64)
-    scale = carray(as_pointer(words[23]), 1, np.float32)[0]
+    p = carray(pointer, 1, _FIELDS)[0]
+    slots = (p.heads, p.capacity, 2 * p.size)
+    source = carray(as_pointer(p.source), slots, np.float32)
+    target = carray(as_pointer(p.target), slots, np.float32)
+    rows = carray(as_pointer(p.rows), (p.heads, RING_ROWS, p.size), np.float32)
+    log_weight = carray(as_pointer(p.log_weight), p.live, np.float32)
+    order = carray(as_pointer(p.order), (p.heads, p.live), np.int64)
+    ops = carray(as_pointer(p.ops), p.op_count, _OP)
     while True:
         head = team.claim(pointer)
-        if head >= words[team.TASKS]:
+        if head >= p.tasks:
             return
-        key = _event_key(seed, layer, first_head + head, position)
+        key = _event_key(p.seed, p.layer, p.first_head + head, p.position)
         compact_head(
-            source[head], target[head], rows[head], log_weight, order[head], ops, key,
-            sinks, heavy, window, incoming_start, incoming, scale, kind,
+            source[head], target[head], rows[head], log_weight, order[head], ops, key, p
         )  # fmt: skip
+
+
+def operations(event: Event) -> np.ndarray:
+    """An event's operations as the kernel reads them, records [n]."""
+    return np.array(list(event.ops), _OP)
 
 
 def compact(
@@ -295,21 +322,36 @@ def compact(
     source, target: fp32 [KV heads, slots, 2 d], contiguous; the event's live slots are read from
     `source` and what stays is written to `target`.  rows: fp32 [KV heads, RING_ROWS, d], the query
     rows of the positions before the event.  log_weight: fp32 [live before].  event_plan: (event,
-    shape, ops int64 [n, 5]).  Returns the kept slots, int64 [KV heads, live before] (the first
+    shape, `operations` of it).  Returns the kept slots, int64 [KV heads, live before] (the first
     live_after of each row are valid).
     """
     event, shape, ops = event_plan
     heads, capacity, width = source.shape
     order = np.empty((heads, event.live_before), np.int64)
-    scale = np.array([scale], np.float32)
     team.run(
-        _compact, heads,
-        [
-            heads, capacity, width // 2, event.live_before, len(ops), seed, layer, first_head,
-            event.position, shape.sinks, shape.heavy, shape.window, event.incoming_start,
-            event.incoming, KERNELS[kernel], source.ctypes.data, target.ctypes.data,
-            rows.ctypes.data, log_weight.ctypes.data, order.ctypes.data, ops.ctypes.data,
-            scale.ctypes.data,
-        ],
+        _compact, _RECORD, heads,
+        {
+            "heads": heads,
+            "capacity": capacity,
+            "size": width // 2,
+            "live": event.live_before,
+            "op_count": len(ops),
+            "seed": seed,
+            "layer": layer,
+            "first_head": first_head,
+            "position": event.position,
+            "sinks": shape.sinks,
+            "heavy": shape.heavy,
+            "incoming_start": event.incoming_start,
+            "incoming": event.incoming,
+            "kind": KERNELS[kernel],
+            "source": source.ctypes.data,
+            "target": target.ctypes.data,
+            "rows": rows.ctypes.data,
+            "log_weight": log_weight.ctypes.data,
+            "order": order.ctypes.data,
+            "ops": ops.ctypes.data,
+            "scale": scale,
+        },
     )  # fmt: skip
     return order

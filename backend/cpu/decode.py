@@ -17,7 +17,6 @@ from .scalar import BFLOAT16, FLOAT16, FLOAT32, as_pointer, fast_exp, widen
 
 SPLIT = 256
 _FAST = {"reassoc", "nsz", "arcp", "contract"}
-_WORDS = 32
 #: Query heads of a KV head that share one pass over its keys and values.
 _HEADS = 4
 
@@ -44,8 +43,8 @@ class DecodeBatch:
         adjacent = int(self.tokens[-1]) == first + count - 1
         #: Index of the requests' rows in the batch: a slice, unless other requests lie between.
         self.rows = slice(first, first + count) if adjacent else torch.from_numpy(self.tokens)
-        arrays = (self.tokens, self.live, self.blocks, self.bias, self.offsets, self.tasks)
-        self.addresses = [array.ctypes.data for array in arrays]
+        names = ("tokens", "live", "blocks", "bias", "offsets", "tasks")
+        self.addresses = {f"{name}_at": getattr(self, name).ctypes.data for name in names}
 
     @classmethod
     def make(
@@ -64,6 +63,43 @@ class DecodeBatch:
             np.concatenate(parts), np.array(offsets, np.int64), np.array(tasks, np.int64),
             np.concatenate([[0], np.cumsum(splits)]).astype(np.int64),
         )  # fmt: skip
+
+
+class _Parameters:
+    heads: int
+    group: int
+    size: int
+    block_size: int
+    requests: int
+    max_blocks: int
+    items: int
+    bias_length: int
+    page_stride: int  # of the cache
+    head_stride: int
+    slot_stride: int
+    cache_length: int
+    key_token: int  # strides of new keys and values
+    key_head: int
+    key_length: int
+    value_token: int
+    value_head: int
+    value_length: int
+    cache_at: int  # addresses, as all below
+    keys_at: int
+    values_at: int
+    queries_at: int
+    tokens_at: int
+    live_at: int
+    blocks_at: int
+    bias_at: int
+    offsets_at: int
+    tasks_at: int
+    partial_at: int
+    scale: float
+
+
+_RECORD = team.Record(_Parameters)
+_FIELDS = _RECORD.dtype
 
 
 def _split_kernel(kind: int, raw: type):
@@ -142,35 +178,30 @@ def _split_kernel(kind: int, raw: type):
 
     @cfunc(team.SIGNATURE, cache=True)
     def kernel(pointer):
-        words = carray(pointer, _WORDS, np.int64)
-        heads, group, size, block_size, requests, max_blocks, task_count, bias_count = (
-            words[2], words[3], words[4], words[5], words[6], words[7], words[8], words[9],
+        p = carray(pointer, 1, _FIELDS)[0]
+        heads, size, scale, block_size = p.heads, p.size, p.scale, p.block_size
+        page_stride, head_stride, slot_stride = p.page_stride, p.head_stride, p.slot_stride
+        key_token, key_head, value_token, value_head = (
+            p.key_token, p.key_head, p.value_token, p.value_head,
         )  # fmt: skip
-        stride_block, stride_head, stride_slot, cache_length = (
-            words[10], words[11], words[12], words[13],
-        )  # fmt: skip
-        key_token, key_head, key_length, value_token, value_head, value_length = (
-            words[14], words[15], words[16], words[17], words[18], words[19],
-        )  # fmt: skip
-        cache = carray(as_pointer(words[20]), cache_length, raw)
-        keys = carray(as_pointer(words[21]), key_length, raw)
-        values = carray(as_pointer(words[22]), value_length, raw)
-        queries = carray(as_pointer(words[23]), (requests, heads, group, size), np.float32)
-        tokens = carray(as_pointer(words[24]), requests, np.int64)
-        live = carray(as_pointer(words[25]), requests, np.int64)
-        blocks = carray(as_pointer(words[26]), (requests, max_blocks), np.int32)
-        bias = carray(as_pointer(words[27]), bias_count, np.float32)
-        offsets = carray(as_pointer(words[28]), requests, np.int64)
-        tasks = carray(as_pointer(words[29]), (task_count, 2), np.int64)
-        partial = carray(as_pointer(words[30]), (task_count, heads, group, size + 2), np.float32)
-        scale = carray(as_pointer(words[31]), 1, np.float32)[0]
+        cache = carray(as_pointer(p.cache_at), p.cache_length, raw)
+        keys = carray(as_pointer(p.keys_at), p.key_length, raw)
+        values = carray(as_pointer(p.values_at), p.value_length, raw)
+        queries = carray(as_pointer(p.queries_at), (p.requests, heads, p.group, size), np.float32)
+        tokens = carray(as_pointer(p.tokens_at), p.requests, np.int64)
+        live = carray(as_pointer(p.live_at), p.requests, np.int64)
+        blocks = carray(as_pointer(p.blocks_at), (p.requests, p.max_blocks), np.int32)
+        bias = carray(as_pointer(p.bias_at), p.bias_length, np.float32)
+        offsets = carray(as_pointer(p.offsets_at), p.requests, np.int64)
+        tasks = carray(as_pointer(p.tasks_at), (p.items, 2), np.int64)
+        partial = carray(as_pointer(p.partial_at), (p.items, heads, p.group, size + 2), np.float32)
         bases = np.empty(SPLIT, np.int64)
         scores = np.empty((_HEADS, SPLIT + 3), np.float32)
         padded = np.empty((_HEADS, size), np.float32)
         sums = np.empty((_HEADS, size), np.float32)
         while True:
             task = team.claim(pointer)
-            if task >= words[team.TASKS]:
+            if task >= p.tasks:
                 return
             head, item = task % heads, task // heads
             request, first = tasks[item, 0], tasks[item, 1] * SPLIT
@@ -178,8 +209,8 @@ def _split_kernel(kind: int, raw: type):
             for i in range(count):
                 slot = first + i
                 block = np.int64(blocks[request, slot // block_size])
-                offset = (slot % block_size) * stride_slot
-                bases[i] = block * stride_block + head * stride_head + offset
+                offset = (slot % block_size) * slot_stride
+                bases[i] = block * page_stride + head * head_stride + offset
             if first + count == live[request]:
                 base, token = bases[count - 1], tokens[request]
                 for c in range(size):
@@ -245,21 +276,38 @@ def decode_attention(
     requests, heads, group, size = queries.shape
     items = len(batch.tasks)
     partial = np.empty((items, heads, group, size + 2), np.float32)
-    blocks, _, block_size, _ = kv_cache.shape
-    stride_block, stride_head, stride_slot, _ = kv_cache.stride()
+    page_stride, head_stride, slot_stride, _ = kv_cache.stride()
     key_token, key_head, _ = keys.stride()
     value_token, value_head, _ = values.stride()
-    factor = np.array([scale], np.float32)
-    tokens = keys.shape[0]
     team.run(
-        _KERNELS[kv_cache.dtype], items * heads,
-        [
-            heads, group, size, block_size, requests, batch.blocks.shape[1], items,
-            len(batch.bias), stride_block, stride_head, stride_slot, blocks * stride_block,
-            key_token, key_head, tokens * key_token, value_token, value_head, tokens * value_token,
-            kv_cache.data_ptr(), keys.data_ptr(), values.data_ptr(), queries.data_ptr(),
-            *batch.addresses, partial.ctypes.data, factor.ctypes.data,
-        ],
+        _KERNELS[kv_cache.dtype], _RECORD, items * heads,
+        {
+            "heads": heads,
+            "group": group,
+            "size": size,
+            "block_size": kv_cache.shape[2],
+            "requests": requests,
+            "max_blocks": batch.blocks.shape[1],
+            "items": items,
+            "bias_length": len(batch.bias),
+            "page_stride": page_stride,
+            "head_stride": head_stride,
+            "slot_stride": slot_stride,
+            "cache_length": len(kv_cache) * page_stride,
+            "key_token": key_token,
+            "key_head": key_head,
+            "key_length": len(keys) * key_token,
+            "value_token": value_token,
+            "value_head": value_head,
+            "value_length": len(values) * value_token,
+            "cache_at": kv_cache.data_ptr(),
+            "keys_at": keys.data_ptr(),
+            "values_at": values.data_ptr(),
+            "queries_at": queries.data_ptr(),
+            "partial_at": partial.ctypes.data,
+            "scale": scale,
+            **batch.addresses,
+        },
     )  # fmt: skip
     out = np.empty(tuple(queries.shape), np.float32)
     _merge(partial, batch.firsts, out)

@@ -11,12 +11,13 @@ from express_vllm.layout import Event, Layout
 
 from ..batch import Batch
 from ..chunk import Chunk
+from .compaction import operations
 from .decode import DecodeBatch
 
 
 @dataclass
 class Compaction:
-    """An event, its operations as int64 [n, 5] and log w of the slots that it finds, fp32."""
+    """An event, its operations as records and log w of the slots that it finds, fp32."""
 
     event: Event
     ops: np.ndarray
@@ -27,7 +28,7 @@ class Compaction:
         weights = log_weights(layout, event.position)
         if weights is None:
             weights = np.zeros(event.live_before, np.float32)
-        return cls(event, np.array(event.ops, np.int64).reshape(-1, 5), weights)
+        return cls(event, operations(event), weights)
 
 
 @dataclass

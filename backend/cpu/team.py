@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import glob
+import operator
 import os
+import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -35,15 +37,35 @@ def _find_parallel() -> Any | None:
 
 _parallel = _find_parallel()
 
-#: numba signature of a team kernel: its only argument points at an int64 parameter block.
+#: numba signature of a team kernel: its only argument points at a record of its parameters.
 SIGNATURE = types.void(types.voidptr)
-#: Words 0 and 1 of a parameter block: the next unclaimed task and the number of tasks.
-NEXT, TASKS, HEADER = 0, 1, 2
+
+
+class Record:
+    """What a kernel reads: the next unclaimed task, the number of tasks, then its parameters.
+
+    parameters: a class that declares them, of type int (addresses among them) or float.  `dtype` is
+    the record as compiled code names it; one is packed in the time that a list of words takes.
+    """
+
+    def __init__(self, parameters: type) -> None:
+        kinds = get_type_hints(parameters)
+        fields = {"next_task": int, "tasks": int, **kinds}
+        words = {int: np.int64, float: np.float32}
+        self.dtype = np.dtype([(name, words[kind]) for name, kind in fields.items()], align=True)
+        codes = "".join("q" if kind is int else "f" for kind in fields.values())
+        self._struct = struct.Struct(f"@{codes}0q")  # as NumPy aligns
+        self._in_order = operator.itemgetter(*kinds)
+
+    def pack(self, tasks: int, values: dict[str, Any]) -> np.ndarray:
+        """Raises KeyError for a parameter that is missing."""
+        packed = self._struct.pack(0, tasks, *self._in_order(values))
+        return np.frombuffer(bytearray(packed), np.uint8)
 
 
 @intrinsic
 def claim(typingctx, pointer):
-    """Atomically take the next task number from the parameter block at `pointer` (word 0)."""
+    """Atomically take the next task number from the record at `pointer`: its first word."""
 
     def codegen(context, builder, signature, args):
         word = builder.bitcast(args[0], ir.IntType(64).as_pointer())
@@ -52,15 +74,14 @@ def claim(typingctx, pointer):
     return types.int64(types.voidptr), codegen
 
 
-def run(kernel: Callable[..., None], tasks: int, words: list[int]) -> None:
+def run(kernel: Callable[..., None], record: Record, tasks: int, values: dict[str, Any]) -> None:
     """Run `kernel` (a numba cfunc of `SIGNATURE`) until its `tasks` tasks are done.
 
-    `words` are pointers and sizes, as int64, that the kernel reads after the header; the caller
-    keeps what they point at alive.
+    values: the record's parameters; the caller keeps what addresses point at alive.
     """
     if tasks == 0:
         return
-    block = np.array([0, tasks, *words], dtype=np.int64)
+    block = record.pack(tasks, values)
     threads = min(torch.get_num_threads(), tasks)
     if threads > 1 and _parallel is not None:
         _parallel(kernel.address, block.ctypes.data, threads, 0)  # type: ignore[attr-defined]

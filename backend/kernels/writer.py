@@ -48,7 +48,7 @@ class Writer:
                 stored=span.stored,
                 live=span.final,
                 stop=span.stop,
-                ring=shape.slots - shape.ring if shape.ring else -1,
+                ring=chunk.layout.ring_start if shape.ring else -1,
                 ring_start=span.upcoming - RING_ROWS,
             )
         )

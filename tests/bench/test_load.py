@@ -126,7 +126,7 @@ def test_a_small_load_on_the_real_server(server, tmp_path):
 
 def test_the_documented_numbers_are_the_stored_ones():
     root = Path(__file__).parents[2]
-    stored = json.loads((root / "bench" / "results" / "load-cpu.json").read_text())
+    stored = json.loads((root / "bench" / "results" / "speed" / "load-cpu.json").read_text())
     page = (root / "docs" / "operations.md").read_text()
     lines = page.split("<!-- load -->")[1].split("<!-- /load -->")[0].splitlines()
     header, _, *rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]

@@ -35,7 +35,7 @@ def test_decisions_equal_the_reference(head_size, schedule, index):
         target,
         rows,
         bias,
-        (event, shape, np.array(event.ops, np.int64).reshape(-1, 5)),
+        (event, shape, compaction.operations(event)),
         seed=2**33 + 5,
         layer=3,
         first_head=4,
