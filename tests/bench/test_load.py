@@ -101,8 +101,8 @@ def test_samples_reads_one_metric():
 @pytest.mark.server
 def test_a_small_load_on_the_real_server(server, tmp_path):
     options = argparse.Namespace(
-        url=server.url, exact_url=None, only=None, model=None, rounds=1, rate=4.0, requests=4,
-        mix="chat,document", budgets="256,default", greedy=0.3, scale=0.02, seed=11,
+        url=server.url, exact_url=None, only=None, model=None, rounds=1, rate=4.0, requests=5,
+        mix="chat,document,long", budgets="256,default", greedy=0.3, scale=0.1, seed=11,
         style="auto", api_key="none", timeout=120.0,
     )  # fmt: skip
     runs, details = asyncio.run(load.run(options))
