@@ -7,7 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+)
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
@@ -15,7 +20,8 @@ from express_vllm.conflicts import active, refuse_layer, refuse_unprepared
 from express_vllm.device import uses_triton
 from express_vllm.scheduler.spec import ExpressSpec
 
-from .device import Device, Path, device_of, metadata_builder
+from .device import Device, Layer, Path
+from .indices import first_kv_head, layer_index
 from .pages import slot_pages
 
 
@@ -148,20 +154,23 @@ class ExpressImpl(AttentionImpl[Any]):
         return output
 
 
-def layer_index(name: str) -> int:
-    """The global index of the decoder layer `name`: it feeds the seed, on every pipeline rank."""
-    # Imported here: it loads the models' code, which processes without a model do not need.
-    from vllm.model_executor.models.utils import extract_layer_index
+def device_of(layer: Layer, vllm_config: Any) -> Device:
+    # Imported here: only one device's kernels can be loaded, or are wanted, on a machine.
+    if uses_triton():
+        from .gpu.device import GpuDevice
 
-    return extract_layer_index(name)
+        return GpuDevice(layer, vllm_config)
+    from .cpu.device import CpuDevice
+
+    return CpuDevice(layer)
 
 
-def first_kv_head(local_heads: int) -> int:
-    """Global index of this tensor-parallel rank's first KV head."""
-    # Imported here: a rank is known, and vLLM's communication loaded, only in a worker.
-    from vllm.distributed import get_tensor_model_parallel_rank
+def metadata_builder() -> type[AttentionMetadataBuilder[Any]]:
+    """Makes the plans that the device's paths run."""
+    if uses_triton():  # imported here: as in `device_of`
+        from .gpu.metadata import ExpressMetadataBuilder as GpuBuilder
 
-    config = get_current_vllm_config()
-    total = config.model_config.get_total_num_kv_heads()
-    rank, size = get_tensor_model_parallel_rank(), config.parallel_config.tensor_parallel_size
-    return rank * total // size if total < size else rank * local_heads
+        return GpuBuilder
+    from .cpu.metadata import ExpressMetadataBuilder as CpuBuilder
+
+    return CpuBuilder

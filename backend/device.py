@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from torch import Tensor
-from vllm.v1.attention.backend import AttentionMetadataBuilder
-
-from express_vllm.device import uses_triton
 
 
 class Layer(Protocol):
@@ -47,25 +44,3 @@ class Device(Protocol):
 
     def path(self, layer: int) -> Path:
         """The path of the layer with this global index."""
-
-
-def device_of(layer: Layer, vllm_config: Any) -> Device:
-    # Imported here: only one device's kernels can be loaded, or are wanted, on a machine.
-    if uses_triton():
-        from .gpu.device import GpuDevice
-
-        return GpuDevice(layer, vllm_config)
-    from .cpu.device import CpuDevice
-
-    return CpuDevice(layer)
-
-
-def metadata_builder() -> type[AttentionMetadataBuilder[Any]]:
-    """Makes the plans that the device's paths run."""
-    if uses_triton():  # imported here: as in `device_of`
-        from .gpu.metadata import ExpressMetadataBuilder as GpuBuilder
-
-        return GpuBuilder
-    from .cpu.metadata import ExpressMetadataBuilder as CpuBuilder
-
-    return CpuBuilder

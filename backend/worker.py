@@ -11,7 +11,7 @@ from express_vllm.scheduler.scheduler import STEP_BUDGETS
 from express_vllm.scheduler.spec import require_express
 from express_vllm.settings import Settings
 
-from .attention import layer_index
+from .indices import layer_index
 from .step import IDLE, MissingBudget, Step, made_up, running
 from .timing import stamp
 

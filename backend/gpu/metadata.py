@@ -22,9 +22,9 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from ..attention import layer_index
 from ..batch import Batch
 from ..chunk import Chunk
+from ..indices import layer_index
 from ..kernels.constants import QUERY_ROWS, Model
 from ..kernels.events import Kind
 from ..kernels.memory import Memory
