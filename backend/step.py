@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from express_vllm.budget import Budget
-from express_vllm.layout import EXACT_SHAPE
+from express_vllm.shape import EXACT_SHAPE
 
 
 class MissingBudget(RuntimeError):

@@ -28,7 +28,8 @@ from express_vllm.backend.kernels import plan, scratch  # noqa: E402
 from express_vllm.backend.kernels.constants import Model  # noqa: E402
 from express_vllm.backend.kernels.memory import Memory, Workspace  # noqa: E402
 from express_vllm.backend.kernels.step import compact_pages  # noqa: E402
-from express_vllm.layout import Layout, Shape, layout_for, make_shape  # noqa: E402
+from express_vllm.layout import Layout, layout_for  # noqa: E402
+from express_vllm.shape import Shape, make_shape  # noqa: E402
 
 from . import record  # noqa: E402
 

@@ -20,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from express_vllm.backend.chunk import Chunk
 from express_vllm.backend.kernels import decode, step
 from express_vllm.backend.kernels.step import StepPlan, Tuning
-from express_vllm.layout import Layout, Shape, layout_for, make_shape
+from express_vllm.layout import Layout, layout_for
+from express_vllm.shape import Shape, make_shape
 
 from . import record
 

@@ -13,7 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from express_vllm.layout import Layout, layout_for, make_shape
+from express_vllm.layout import Layout, layout_for
+from express_vllm.shape import make_shape
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "images" / "memory.png"
 #: Llama-3.1-8B in bfloat16: 32 layers, 8 KV heads, keys and values of 128.

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .fields import MODES, PREFIX, BudgetError, Fields, memory_amount, parse
-from .layout import EXACT_SHAPE, Layout, Shape, layout_for
+from .layout import Layout, layout_for
+from .shape import EXACT_SHAPE, Shape
 
 if TYPE_CHECKING:
     from .settings import Settings

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from .fields import MAX_SEED, MODES, BudgetError, unknown
-from .layout import MIN_SLOTS, PROFILES, RING_SLOTS, SCHEDULES, Shape, make_shape
+from .shape import MIN_SLOTS, PROFILES, RING_SLOTS, SCHEDULES, Shape, make_shape
 
 #: Powers of two, so that the pages of wide layers, too, hold a power of two of slots.
 WIDE_FACTORS = (2, 4, 8)
@@ -17,7 +17,7 @@ class ServerConfig:
     """The operator's `--additional-config '{"express": {...}}'`: defaults, limits and shape.
 
     `None` for a limit means what the longest request takes, for a size of the shape that it follows
-    the budget (layout.make_shape).
+    the budget (shape.make_shape).
     """
 
     memory_tokens: int = 2048

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .device import uses_triton
-from .layout import MAX_TOKENS
 from .plugin import SUPPORTED_VLLM
+from .shape import MAX_TOKENS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

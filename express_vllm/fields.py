@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from .layout import MIN_SLOTS
+from .shape import MIN_SLOTS
 
 PREFIX = "express_"
 MAX_SEED = 2**63 - 1

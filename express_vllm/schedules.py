@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 
 if TYPE_CHECKING:
-    from .layout import Shape
+    from .shape import Shape
 
 HALVE, DRAW = 0, 1
 
@@ -120,7 +120,7 @@ class Lazy:
         return tuple(area.ops), State(tuple(area.levels))
 
     def _most_oversized(self, levels: list[int]) -> int:
-        """A level with at least one pair; `layout.make_shape` sees to it that there is one."""
+        """A level with at least one pair; `shape.make_shape` sees to it that there is one."""
         count = len(levels)
         targets = self._targets.get(count)
         if targets is None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from .config import ServerConfig
 from .fields import BudgetError, Fields, limited
 from .kvsize import KVSize
-from .layout import MIN_SLOTS
 from .plugin import BACKEND_NAME
+from .shape import MIN_SLOTS
 from .wide import settle
 
 if TYPE_CHECKING:

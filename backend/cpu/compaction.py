@@ -10,8 +10,10 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, cfunc, njit
 
-from express_vllm.layout import DRAW, RING_ROWS, Event, Op
+from express_vllm.layout import Event
 from express_vllm.rng import STREAM_COMPLEMENT, STREAM_DRAW, STREAM_SIGN
+from express_vllm.schedules import DRAW, Op
+from express_vllm.shape import RING_ROWS
 
 from . import team
 from .scalar import as_pointer, fast_exp, mix, random_bits

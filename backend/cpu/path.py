@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from express_vllm.layout import RING_ROWS, Layout
+from express_vllm.layout import Layout
+from express_vllm.shape import RING_ROWS
 
 from .. import timing
 from .compaction import compact

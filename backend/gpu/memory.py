@@ -8,8 +8,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from express_vllm.layout import Shape
 from express_vllm.settings import Settings
+from express_vllm.shape import Shape
 
 from ..kernels.decode import DecodeScratch
 from ..kernels.memory import Workspace

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from express_vllm.layout import EXACT_SHAPE, Shape, layout_for
+from express_vllm.layout import layout_for
 from express_vllm.settings import Settings
+from express_vllm.shape import EXACT_SHAPE, Shape
 
 from ..kernels import warm
 from .metadata import Layers

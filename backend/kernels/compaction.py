@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from express_vllm.layout import DRAW
 from express_vllm.rng import STREAM_DRAW
+from express_vllm.schedules import DRAW
 
 from .arguments import Heads, Scores, Source, Tables, Work
 from .columns import EVENT, OP, REQUEST, ROUND

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from express_vllm.layout import RING_ROWS, Segment
+from express_vllm.layout import Segment
+from express_vllm.shape import RING_ROWS
 
 from . import constants
 from .arguments import Decodes, Pages, Tokens

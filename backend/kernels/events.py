@@ -18,7 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from express_vllm.layout import DRAW, Event, Shape
+from express_vllm.layout import Event
+from express_vllm.schedules import DRAW
+from express_vllm.shape import Shape
 
 from . import tables
 

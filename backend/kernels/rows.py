@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from express_vllm.layout import RING_ROWS
+from express_vllm.shape import RING_ROWS
 
 from .columns import REQUEST
 

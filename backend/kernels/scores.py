@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from express_vllm.layout import RING_ROWS
+from express_vllm.shape import RING_ROWS
 
 from . import constants
 from .arguments import Pages, Scores, Source, Tables, Tokens

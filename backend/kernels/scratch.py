@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from express_vllm.layout import RING_ROWS, Shape
+from express_vllm.shape import RING_ROWS, Shape
 
 from . import constants, tables
 from .constants import SLICES, Model

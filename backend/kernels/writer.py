@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from express_vllm.layout import RING_ROWS, Event
+from express_vllm.layout import Event
+from express_vllm.shape import RING_ROWS
 
 from . import tables
 from .arguments import Tables

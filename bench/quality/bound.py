@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from express_vllm.layout import layout_for, make_shape
+from express_vllm.layout import layout_for
+from express_vllm.shape import make_shape
 
 from .. import record
 from .caches import ExactCache

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from express_vllm.layout import Event, Shape, layout_for
+from express_vllm.layout import Event, layout_for
 from express_vllm.reference.attention import log_weights
 from express_vllm.reference.cache import ExpressCache
+from express_vllm.shape import Shape
 
 from .harness import Heads
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from express_vllm.layout import Shape, layout_for
+from express_vllm.layout import layout_for
+from express_vllm.shape import Shape
 
 from .harness import Heads
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from express_vllm.layout import Shape
+from express_vllm.shape import Shape
 
 from .harness import Heads, LayerCache
 from .methods import METHODS, Method

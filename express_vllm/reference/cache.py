@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from ..layout import DRAW, HALVE, RING_ROWS, Event, Layout
+from ..layout import Event, Layout
+from ..schedules import DRAW, HALVE
+from ..shape import RING_ROWS
 from .attention import attend, log_weights
 from .halving import halve
 

@@ -11,8 +11,9 @@ from pydantic import BaseModel, Field
 from ..budget import Budget
 from ..config import ServerConfig
 from ..kvsize import KVSize
-from ..layout import MIN_SLOTS, Layout
+from ..layout import Layout
 from ..settings import Settings
+from ..shape import MIN_SLOTS
 from .usage import Sequence, usage
 
 

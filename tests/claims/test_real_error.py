@@ -11,7 +11,7 @@ from express_vllm.backend.batch import Batch
 from express_vllm.backend.cpu.metadata import plan_batch
 from express_vllm.backend.cpu.path import CpuPath
 from express_vllm.budget import Budget
-from express_vllm.layout import make_shape
+from express_vllm.shape import make_shape
 
 BLOCK_SIZE = 64
 #: Errors are averaged over positions from here on: every budget has long been full.

@@ -17,8 +17,8 @@ import pytest
 from engines import engine_config
 
 from express_vllm import cli, conflicts
-from express_vllm.layout import MAX_TOKENS
 from express_vllm.plugin import BACKEND_NAME, register
+from express_vllm.shape import MAX_TOKENS
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,8 +7,9 @@ import torch
 from express_vllm import rng
 from express_vllm.backend.cpu import compaction
 from express_vllm.backend.cpu.scalar import fast_exp, random_bits, widen
-from express_vllm.layout import RING_ROWS, Layout, make_shape
+from express_vllm.layout import Layout
 from express_vllm.reference.cache import ExpressCache
+from express_vllm.shape import RING_ROWS, make_shape
 
 
 def state(event, head_size, heads, seed):

@@ -36,7 +36,7 @@ from express_vllm.backend.kernels import (
 from express_vllm.backend.kernels.constants import Model
 from express_vllm.backend.kernels.events import Kind
 from express_vllm.backend.kernels.launch import Launch, source
-from express_vllm.layout import Shape, make_shape
+from express_vllm.shape import Shape, make_shape
 
 #: Types of tensors by the names of arguments; the others have the model's.
 TYPES = {

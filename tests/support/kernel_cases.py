@@ -17,8 +17,9 @@ from express_vllm.backend.kernels.rows import event_key, mix
 from express_vllm.backend.kernels.selection import choose_heavy, weigh
 from express_vllm.backend.kernels.step import Span, StepPlan, Tuning
 from express_vllm.backend.kernels.team import Team
-from express_vllm.layout import EXACT_SHAPE, RING_ROWS, Layout, make_shape
+from express_vllm.layout import Layout
 from express_vllm.reference.cache import ExpressCache
+from express_vllm.shape import EXACT_SHAPE, RING_ROWS, make_shape
 
 torch.set_num_threads(1)  # small tensors, often several processes
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

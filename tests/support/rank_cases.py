@@ -10,7 +10,8 @@ import torch
 from express_vllm.backend.chunk import Chunk
 from express_vllm.backend.kernels import step
 from express_vllm.backend.kernels.step import StepPlan
-from express_vllm.layout import Layout, make_shape
+from express_vllm.layout import Layout
+from express_vllm.shape import make_shape
 
 SEED, LAYER, FIRST_HEAD = 2**33 + 5, 3, 4
 GROUP, SIZE, BLOCK = 2, 64, 16

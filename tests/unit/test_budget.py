@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from express_vllm.budget import on_grid, unpack
 from express_vllm.config import ServerConfig
 from express_vllm.fields import BudgetError
-from express_vllm.layout import RING_SLOTS
+from express_vllm.shape import RING_SLOTS
 
 CONFIG = ServerConfig(memory_tokens=1024, max_memory_tokens=4096)
 

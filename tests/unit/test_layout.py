@@ -6,21 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from express_vllm.layout import (
+from express_vllm.layout import MOST_EVENTS, Layout, _events, layout_for
+from express_vllm.schedules import HALVE, Lazy, Paper, State
+from express_vllm.shape import (
     EXACT_SHAPE,
-    HALVE,
     MAX_TOKENS,
     MIN_SLOTS,
-    MOST_EVENTS,
     PROFILES,
     RING_ROWS,
     SCHEDULES,
-    Layout,
-    _events,
-    layout_for,
     make_shape,
 )
-from express_vllm.schedules import Lazy, Paper, State
 
 shapes = st.builds(
     make_shape,

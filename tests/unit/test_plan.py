@@ -25,8 +25,10 @@ from express_vllm.backend.kernels.scores import make_scores
 from express_vllm.backend.kernels.span import Span
 from express_vllm.backend.kernels.work import make_work
 from express_vllm.config import ServerConfig
-from express_vllm.layout import DRAW, EXACT_SHAPE, PROFILES, Layout, layout_for, make_shape
+from express_vllm.layout import Layout, layout_for
+from express_vllm.schedules import DRAW
 from express_vllm.settings import ATTRIBUTE
+from express_vllm.shape import EXACT_SHAPE, PROFILES, make_shape
 
 CPU = torch.device("cpu")
 #: An 8B model's KV heads and head size in bf16.

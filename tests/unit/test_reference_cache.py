@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from express_vllm.layout import RING_ROWS, Layout, make_shape
+from express_vllm.layout import Layout
 from express_vllm.reference.attention import attend, log_weights
 from express_vllm.reference.cache import ExpressCache, draw
+from express_vllm.shape import RING_ROWS, make_shape
 
 HEAD, GROUP = 16, 3
 

@@ -17,8 +17,8 @@ from express_vllm.backend.chunk import Chunk
 from express_vllm.backend.step import IDLE, MADE_UP, MissingBudget, Step, current_step, running
 from express_vllm.backend.worker import BudgetsMixin
 from express_vllm.config import ServerConfig
-from express_vllm.layout import EXACT_SHAPE
 from express_vllm.scheduler.scheduler import STEP_BUDGETS
+from express_vllm.shape import EXACT_SHAPE
 
 BUDGET = resolve(
     {"express_memory_tokens": 128}, ServerConfig(), prompt_tokens=300, max_tokens=9,

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from express_vllm.config import ServerConfig
-from express_vllm.layout import Shape, make_shape
+from express_vllm.shape import Shape, make_shape
 from express_vllm.wide import settle
 
 from ..harness import Heads, LayerCache

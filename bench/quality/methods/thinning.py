@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from express_vllm.layout import Shape, make_shape
+from express_vllm.shape import Shape, make_shape
 
 from ..caches import UniformCache
 from ..express import ExpressCache, ForcedShape, Plans
@@ -18,7 +18,7 @@ class Express(Layered):
     """This project's cache (docs/algorithm.md), run by the code that serves; layers are equal
     unless told otherwise.
 
-    Fields up to `exponent` are those of `layout.make_shape`.  `kernel` forces the halving kernel:
+    Fields up to `exponent` are those of `shape.make_shape`.  `kernel` forces the halving kernel:
     gaussian, exponential or, on the CPU, uniform.
     """
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from express_vllm.layout import layout_for, make_shape
+from express_vllm.layout import layout_for
 from express_vllm.reference.attention import log_weights
+from express_vllm.shape import make_shape
 
 from ..progress import Progress
 from ..run import Rows
