@@ -10,6 +10,8 @@ PORT ?= 8000
 TESTS ?=
 
 export BACKEND PORT MODEL ARGS
+# Without its cache of compiled modules, every process of vLLM starts half a minute later.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup model serve test test-ops bench lint clean
 

@@ -36,7 +36,8 @@ def main() -> None:
     )
     prompt = TEXT.read_text() + "\n\nIn short, this licence"
     params = [SamplingParams(temperature=0, max_tokens=24, extra_args=b) for b in BUDGETS]
-    for budget, output in zip(BUDGETS, llm.generate([prompt] * len(BUDGETS), params), strict=True):
+    outputs = llm.generate([prompt] * len(BUDGETS), params, use_tqdm=False)
+    for budget, output in zip(BUDGETS, outputs, strict=True):
         print(f"{budget}: {output.outputs[0].text!r}")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import random_llama
 import torch
+from budgets import WIDE
 from engines import SUPPORT, engine_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -131,23 +132,25 @@ def refusal(processor, prompt, output=16, *, resumable=False, **asked):
 
 
 def test_embeddings_have_a_length(processors):
-    text = refusal(processors[0], embedded_prompt(200), mode="exact", memory_tokens=128)
-    assert "216" in text and "128" in text
+    text = refusal(processors[0], embedded_prompt(200), mode="exact", memory_tokens=167)
+    assert "216 tokens" in text and "of 167 keeps 128" in text
 
 
 def test_each_engine_of_a_process_has_its_own_limits(processors):
     assert "1024" in refusal(processors[0], token_prompt(1100), memory_tokens=1100)
-    assert "200 to 1500" in refusal(processors[1], token_prompt(1100), memory_tokens=150)
+    assert f"200 to {WIDE.tokens(1500)}" in refusal(
+        processors[1], token_prompt(1100), memory_tokens=150
+    )
 
 
 def test_a_length_that_was_fitted_later_counts(model_path):
     late = processor(model_path, 2048)
     late.process_inputs(
-        "a", token_prompt(100), SamplingParams(extra_args={"express_memory_tokens": 2000}),
+        "a", token_prompt(100), SamplingParams(extra_args={"express_memory_tokens": 2600}),
         ("generate",),
     )  # fmt: skip
     late.vllm_config.model_config.max_model_len = 1728
-    assert "128 to 1728" in refusal(late, token_prompt(100), memory_tokens=2000)
+    assert f"167 to {WIDE.tokens(1728)}" in refusal(late, token_prompt(100), memory_tokens=2600)
 
 
 def test_a_stream_of_inputs_is_refused(processors):
