@@ -3,13 +3,9 @@
 The interpreter must be chosen before Triton is loaded, so this runs in a process of its own.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreted import assert_same
 
 SCRIPT = """
 import torch
@@ -36,9 +32,4 @@ print("same")
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles the kernels")
 def test_the_kernels_in_the_harness_equal_the_cpu_path():
-    root = Path(__file__).parents[2]
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=root, capture_output=True, text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )  # fmt: skip
-    assert run.stdout.strip().endswith("same"), run.stdout[-2000:] + run.stderr[-4000:]
+    assert_same(SCRIPT)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 import time
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from interpreted import assert_same
 from tiny_llama import tiny_llama
 
 from bench.quality import harness, plots, presses
@@ -362,9 +359,4 @@ print("same")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles the kernels")
 def test_what_a_gpu_runs_is_right_in_tritons_interpreter():
     """The last query, without a mask, sees what the causal one sees: the coreset and the window."""
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", ON_TRITON], cwd=root, capture_output=True, text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )  # fmt: skip
-    assert done.stdout.strip().endswith("same"), done.stdout[-2000:] + done.stderr[-4000:]
+    assert_same(ON_TRITON)
