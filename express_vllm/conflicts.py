@@ -31,16 +31,6 @@ class Conflict:
     remedy: str
 
 
-#: On a ModelConfig: vLLM turns prefix caching on by default and does not keep who asked for it.
-PREFIX_CACHING_ASKED = "express_prefix_caching_asked"
-
-
-def _prefix_caching(config: Any) -> bool:
-    return config.cache_config.enable_prefix_caching and hasattr(
-        config.model_config, PREFIX_CACHING_ASKED
-    )
-
-
 def _other_cache_dtype(config: Any) -> bool:
     """Whether keys and values would be stored in another type than the model computes in."""
     stored = config.cache_config.cache_dtype
@@ -114,12 +104,6 @@ OURS = "express_vllm."
 EXECUTORS = (None, "mp", "uni", "ray", "external_launcher")
 
 CONFLICTS = (
-    Conflict(
-        "prefix caching", _prefix_caching,
-        "a thinned cache depends on the whole sequence, its blocks cannot be shared",
-        "drop --enable-prefix-caching, also from --config files and from LLM() (vLLM's default is "
-        "switched off by itself)",
-    ),
     Conflict(
         "a KV cache of another type than the model's", _other_cache_dtype,
         "halving and the kernels read keys and values as the model computes them, 16 or 32 bits",

@@ -197,10 +197,14 @@ class Layout:
 
         Inside the exact phase a slot is a position; near its end the query ring comes into use.
         """
-        shape = self.shape
-        if shape.ring and tokens > shape.first_event - RING_ROWS:
-            return shape.slots
-        return min(tokens, shape.slots)
+        if self.shape.ring and tokens > self.plain_until:
+            return self.shape.slots
+        return min(tokens, self.shape.slots)
+
+    @property
+    def plain_until(self) -> int:
+        """Tokens until which the cache looks as that of exact attention: without queries."""
+        return self.shape.first_event - (RING_ROWS if self.shape.ring else 0)
 
     @property
     def attended_peak(self) -> int:

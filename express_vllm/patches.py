@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .conflicts import PREFIX_CACHING_ASKED
 from .edge import admit
 from .server.batch import budgets_in
 from .settings import Settings, chosen
@@ -30,24 +29,6 @@ def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
         ours = functools.wraps(original)(make(original))
         setattr(ours, PATCHED, True)
         setattr(owner, name, ours)
-
-
-def keep_prefix_caching_asked() -> None:
-    """Have a ModelConfig know whether prefix caching was asked for: vLLM fills in its default
-    before any configuration that a platform sees."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    def make(original: Any) -> Any:
-        def set_defaults(self: Any, model_config: Any) -> None:
-            if self.enable_prefix_caching is None:
-                self.express_filled_in = True  # the next configuration of these arguments finds it
-            elif self.enable_prefix_caching and not hasattr(self, "express_filled_in"):
-                setattr(model_config, PREFIX_CACHING_ASKED, True)
-            original(self, model_config)
-
-        return set_defaults
-
-    _replace(EngineArgs, "_set_default_chunked_prefill_and_prefix_caching_args", make)
 
 
 def resolve_at_the_edge() -> None:

@@ -1,10 +1,12 @@
-"""vLLM's schedulers with budgets: read when a request arrives, attached to every step."""
+"""vLLM's schedulers with budgets, read when a request arrives and attached to every step, and with
+cached states."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -16,6 +18,7 @@ from express_vllm.edge import granted
 from express_vllm.settings import Settings
 
 from .manager import ExpressManager
+from .reuse import Reuse
 from .stats import COMPACTION_SECONDS, EngineStats, Tracked, attach
 
 logger = logging.getLogger("vllm.express")
@@ -36,9 +39,11 @@ class _BudgetsMixin:
         #: (client, request id) of requests that end with an error of their own.
         self.express_refused: list[tuple[int, str]] = []
         coordinator = self.kv_cache_manager.coordinator  # type: ignore[attr-defined]
-        for manager in coordinator.single_type_managers:
-            if isinstance(manager, ExpressManager):
-                manager.budgets = self.express_budgets
+        (manager,) = coordinator.single_type_managers
+        manager.budgets = self.express_budgets
+        manager.shares = manager.enable_caching and not self.express_settings.config.wide_layers
+        self.express_manager: ExpressManager = manager
+        self.express_reuse = Reuse(manager, self.requests) if manager.enable_caching else None  # type: ignore[attr-defined]
 
     def add_request(self, request: Request) -> None:
         """Never raises: an exception here would end the engine and every other request."""
@@ -54,6 +59,8 @@ class _BudgetsMixin:
         self.express_budgets[name] = budget
         self.express_tracked[name] = Tracked(budget)
         self.express_stats.arrived(budget)
+        if self.express_reuse:
+            self.express_reuse.arrived(request)
         super().add_request(request)  # type: ignore[misc]
 
     def _refuse(self, request: Request, reason: str) -> None:
@@ -72,7 +79,33 @@ class _BudgetsMixin:
         if by_client is not None:
             by_client[client].add(name)
 
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        manager = self.kv_cache_manager  # type: ignore[attr-defined]
+        if not (self.express_reuse and manager.prefix_cache_lookup_enabled(request)):
+            return super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
+        blocks, tokens = self.express_reuse.find(request)
+        return manager.create_kv_cache_blocks((blocks,)), tokens, 0, False
+
+    def _ec_transfer_pending(self, request: Request, num_computed_tokens: int) -> bool:
+        """vLLM passes over a request for a step if this holds."""
+        pending = super()._ec_transfer_pending(request, num_computed_tokens)  # type: ignore[misc]
+        waits = self.express_reuse and self.express_reuse.waits(request, num_computed_tokens)
+        return bool(pending or waits)
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """vLLM asks here how many of the tokens it wants to compute in a step."""
+        count = super()._reserve_prefill_lookahead(  # type: ignore[misc]
+            request, num_computed_tokens, num_new_tokens
+        )
+        if self.express_reuse:
+            return self.express_reuse.clip(request, num_computed_tokens, count)
+        return count
+
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        if self.express_reuse:
+            self.express_reuse.step_starts(self.running)  # type: ignore[attr-defined]
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         budgets = {name: self.express_budgets[name] for name in output.num_scheduled_tokens}
         setattr(output, STEP_BUDGETS, budgets)
@@ -101,8 +134,15 @@ class _BudgetsMixin:
             attach(stats, self.express_stats.take(bool(running), pairs))
         return stats
 
+    def _free_request_blocks(self, request: Request) -> None:
+        """Of a request that has ended or is preempted."""
+        self.express_manager.keep(request)
+        super()._free_request_blocks(request)  # type: ignore[misc]
+
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)  # type: ignore[misc]
+        if self.express_reuse:
+            self.express_reuse.left(request)
         self.express_budgets.pop(request.request_id, None)
         if tracked := self.express_tracked.pop(request.request_id, None):
             self.express_stats.left(tracked)

@@ -48,10 +48,6 @@ class ExpressSpec(AttentionSpec):
         return cdiv(most, self.block_size) * self.page_size_bytes
 
     @property
-    def prefix_cacheable(self) -> bool:
-        return False
-
-    @property
     def uses_slot_mapping(self) -> bool:
         return False
 

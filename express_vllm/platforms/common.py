@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ..conflicts import refuse_conflicts
-from ..patches import keep_prefix_caching_asked, resolve_at_the_edge
+from ..patches import resolve_at_the_edge
 from ..plugin import BACKEND_NAME, BACKEND_PATH
 from ..server.middleware import add_to
 from ..settings import Settings, chosen
@@ -46,7 +46,6 @@ class ExpressPlatformMixin:
     def pre_register_and_update(cls, parser: Any = None) -> None:
         """Give every API server our middleware; it does nothing unless express is chosen."""
         super().pre_register_and_update(parser)  # type: ignore[misc]
-        keep_prefix_caching_asked()
         if parser is not None:
             add_to(parser)
 
@@ -57,10 +56,6 @@ class ExpressPlatformMixin:
             return
         refuse_conflicts(vllm_config)
         settings = Settings.parse(vllm_config)
-        if vllm_config.cache_config.enable_prefix_caching:
-            # On by default in vLLM; whoever asked for it is refused above.
-            vllm_config.cache_config.enable_prefix_caching = False
-            logger.info("express: prefix caching, on by default in vLLM, is off")
         if vllm_config.parallel_config.worker_cls == "auto":
             vllm_config.parallel_config.worker_cls = cls.express_worker
         super().check_and_update_config(vllm_config)  # type: ignore[misc]

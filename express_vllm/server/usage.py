@@ -13,17 +13,23 @@ from ..kvsize import KVSize
 
 @dataclass
 class Sequence:
-    """A sequence of `prompt` plus `output` tokens under a budget."""
+    """A sequence of `prompt` plus `output` tokens under a budget, `cached` of which it found."""
 
     budget: Budget
     prompt: int
     output: int = 0
+    cached: int = 0
     done: bool = False
 
     @property
     def stored(self) -> int:
         """Tokens whose keys and values were computed: the last one that is sampled never is."""
         return self.prompt + max(self.output - 1, 0)
+
+    @property
+    def compactions(self) -> int:
+        """What was done for this sequence; others did those of the tokens that it found."""
+        return self.budget.compactions(self.stored) - self.budget.compactions(self.cached)
 
 
 class Usage(BaseModel):
@@ -51,7 +57,7 @@ def usage(sequences: list[Sequence], size: KVSize) -> dict[str, Any]:
         memory_tokens=max(s.budget.memory_tokens for s in sequences),
         peak_kv_tokens=peak,
         exact_kv_tokens=exact,
-        compactions=sum(s.budget.compactions(s.stored) for s in sequences),
+        compactions=sum(s.compactions for s in sequences),
         compression_ratio=round(exact / peak, 4) if peak else 1.0,
         sequences=len(sequences),
     ).model_dump()

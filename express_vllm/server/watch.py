@@ -133,6 +133,7 @@ async def _followed(
                 for part in result.outputs:
                     sequence, count = sequences[part.index], len(part.token_ids)
                     sequence.output = sequence.output + count if delta else count
+                    sequence.cached = result.num_cached_tokens or 0
             yield result
     except Exception as error:
         call.failed(request_id, error)

@@ -101,6 +101,55 @@ class Engine:
             "peak_blocks": [r["peak_blocks"] for r in results],
         }
 
+    def conversations(self, nodes, batches, least_gain=None):
+        """Run `nodes` in `batches` of (their numbers, tokens of a step).
+
+        A node's prompt is that of its `parent`, the first `kept` tokens of the parent's answer, and
+        `new` tokens.  It is aborted after `steps` steps, if it has some.  -> by node, its answer,
+        the gaps of its best two log-probabilities, and the tokens of its prompt that were cached.
+        """
+        from vllm import SamplingParams
+
+        from express_vllm.scheduler import prefixes, reuse
+
+        if least_gain is not None:
+            prefixes.LEAST_GAIN = reuse.LEAST_GAIN = least_gain
+        engine, found = self.llm.llm_engine, {}
+        self.preemptions = 0
+        for numbers, size in batches:
+            self.scheduler.max_num_scheduled_tokens = size
+            ends = {}
+            for i in numbers:
+                node = nodes[i]
+                parent = found.get(node["parent"], {"prompt": [], "tokens": []})
+                prompt = parent["prompt"] + parent["tokens"][: node["kept"]] + node["new"]
+                found[i] = {"prompt": prompt, "tokens": [], "margins": [], "cached": 0}
+                params = SamplingParams(
+                    temperature=node["temperature"], seed=node["seed"], ignore_eos=True,
+                    max_tokens=node["max_tokens"], extra_args=node["extra_args"], logprobs=2,
+                )  # fmt: skip
+                engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+                ends[i] = node["steps"] or 1 << 30
+            steps = 0
+            while engine.has_unfinished_requests():
+                steps += 1
+                for output in engine.step():
+                    answer = output.outputs[0]
+                    found[int(output.request_id)] |= {
+                        "tokens": list(answer.token_ids), "margins": margins(answer.logprobs),
+                        "cached": output.num_cached_tokens,
+                    }  # fmt: skip
+                engine.abort_request([str(i) for i, end in ends.items() if end == steps])
+        engine.step()
+        return {
+            "nodes": [found[i] for i in range(len(nodes))],
+            "preemptions": self.preemptions,
+            "free": self.pool.get_num_free_blocks(),
+            "states": len(getattr(self.manager, "states", ())),
+            "budgets_left": len(getattr(self.scheduler, "express_budgets", {})),
+            "usable": all(b.ref_cnt == 0 for b in self.pool.blocks if not b.is_null),
+        }
+
     def aborts(self, requests, steps):
         """Add each request, run its number of steps, abort it; -> free blocks before and after."""
         from vllm import SamplingParams

@@ -1,0 +1,118 @@
+"""Cached states in a real engine, float32: a request that starts from one gets the tokens of a cold
+run, over random trees of prompts with budgets, chunk sizes, preemptions and aborts mixed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from engines import run_engine
+
+pytestmark = pytest.mark.server
+TREES = 50
+#: Trees whose requests are mixed: their states fit the pool, mostly.
+TOGETHER = 2
+#: Blocks that make requests wait for one another and be preempted.
+POOL = 52
+
+
+def budgets(model):
+    memory = model.size().tokens
+    return (
+        {"express_memory_tokens": memory(192)}, {"express_memory_tokens": memory(256)},
+        {"express_memory_tokens": memory(256), "express_seed": 7}, {"express_mode": "exact"},
+    )  # fmt: skip
+
+
+def random_trees(rng, count, tokens, choices):
+    """Nodes of `count` trees, each of which shares a budget and the beginning of a text, and
+    batches of nodes whose parents have ended."""
+    nodes, levels = [], []
+    for number in range(count):
+        if number % TOGETHER == 0:
+            levels += [[], [], []]
+        start, extra = rng.randrange(0, 20000), rng.choice(choices)
+        root = len(nodes)
+        for level in range(3):
+            for _ in range(rng.choice((1, 2, 3) if level else (1, 2))):
+                parent = rng.randrange(root, len(nodes)) if level else None
+                if level and nodes[parent]["level"] != level - 1:
+                    parent = root
+                # Siblings share a part of what is new.
+                length = rng.randrange(100, 420) if level == 0 else rng.randrange(1, 160)
+                at = start + 1000 * level
+                other = rng.randrange(0, 20000)
+                new = tokens[at : at + length] + tokens[other : other + rng.randrange(1, 40)]
+                if rng.random() < 0.2:
+                    extra = rng.choice(choices)
+                sampled = rng.random() < 0.3
+                nodes.append({
+                    "level": level, "parent": parent, "kept": rng.randrange(0, 40), "new": new,
+                    "max_tokens": rng.randrange(1, 40), "extra_args": extra,
+                    "seed": rng.randrange(100) if sampled else None,
+                    "temperature": 1.0 if sampled else 0.0,
+                    "steps": rng.randrange(1, 12) if rng.random() < 0.1 else 0,
+                })  # fmt: skip
+                levels[level - 3].append(len(nodes) - 1)
+    batches = []
+    for level in levels:
+        rng.shuffle(level)
+        while level:
+            size = rng.choice((1, 1, 2, 4, 8))
+            batches.append((level[:size], rng.choice((2048, 300, 77))))
+            del level[:size]
+    return nodes, batches
+
+
+@pytest.fixture(scope="module", params=["equal layers", "wide layers"])
+def runs(request, tokens, quick, tmp_path_factory):
+    wide = quick.wide if request.param == "wide layers" else {"wide_layers": []}
+    nodes, batches = random_trees(random.Random(1), TREES, tokens, budgets(quick))
+    # An aborted answer's length depends on the steps; nothing may follow from it.
+    for node in nodes:
+        if node["parent"] is not None and nodes[node["parent"]]["steps"]:
+            node["kept"] = 0
+    settings = {"max_memory_tokens": 1536, "memory_tokens": 512, **wide}
+    engine = {
+        "model": str(quick.path), "additional_config": {"express": settings},
+        "num_gpu_blocks_override": POOL, "max_num_seqs": 8,
+    }  # fmt: skip
+    results = []
+    for cached in (True, False):
+        call = {"nodes": nodes, "batches": batches, "least_gain": 64}
+        (result,) = run_engine(
+            tmp_path_factory.mktemp("states"), "express", [["conversations", call]],
+            enable_prefix_caching=cached, **engine,
+        )  # fmt: skip
+        results.append(result)
+    return nodes, *results
+
+
+def test_hits_give_the_tokens_of_a_cold_run(runs):
+    nodes, warm, cold = runs
+    found = sum(node["cached"] > 0 for node in warm["nodes"])
+    print(
+        f"{len(nodes)} requests, {found} started from cached states: "
+        f"{sum(n['cached'] for n in warm['nodes'])} of {sum(len(n['prompt']) for n in warm['nodes'])}"
+        f" tokens; {warm['preemptions']} preemptions"
+    )
+    assert found > len(nodes) / 3
+    assert not any(node["cached"] for node in cold["nodes"])
+    wrong = []
+    for i, (hit, miss) in enumerate(zip(warm["nodes"], cold["nodes"], strict=True)):
+        length = min(len(hit["tokens"]), len(miss["tokens"])) if nodes[i]["steps"] else None
+        gaps = zip(hit["margins"][:length], miss["margins"][:length], strict=True)
+        same = hit["tokens"][:length] == miss["tokens"][:length]
+        if not same or any(abs(a - b) > 2e-3 for a, b in gaps):
+            wrong.append({**nodes[i], "new": [], "node": i, "cached": hit["cached"],
+                "at": next((k for k, (a, b) in enumerate(zip(hit["tokens"], miss["tokens"])) if a != b), None), "prompt": len(hit["prompt"]),"gap": [hit["margins"][:3], miss["margins"][:3]]})
+    assert not wrong
+
+
+def test_nothing_is_lost(runs):
+    _, warm, _ = runs
+    assert warm["preemptions"]
+    assert warm["free"] == POOL - 1
+    assert warm["usable"]
+    assert warm["budgets_left"] == 0
+    assert 0 < warm["states"] < POOL
