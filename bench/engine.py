@@ -254,10 +254,10 @@ def measured_lengths(
     return [PROMPT, (PROMPT + last) // 2, last]
 
 
-def in_process(backend: str) -> dict[str, Any]:
+def in_process(backend: str, module: str = "bench.engine") -> dict[str, Any]:
     """Measure one backend in a fresh process group, which leaves the device empty."""
     with tempfile.NamedTemporaryFile("r") as file:
-        command = [sys.executable, "-m", "bench.engine", *sys.argv[1:], "--only", backend]
+        command = [sys.executable, "-m", module, *sys.argv[1:], "--only", backend]
         process = subprocess.Popen([*command, "--output", file.name], start_new_session=True)
         try:
             if process.wait():

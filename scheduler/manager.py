@@ -88,8 +88,8 @@ class ExpressManager(SingleTypeKVCacheManager):
         return self.block_pool.get_num_free_blocks() >= needed + held
 
     def _find_exact(self, request: Request, budget: Budget, most: int) -> Hit | None:
-        """Blocks of exact requests.  A bounded one looks the same until its ring comes into use, and
-        takes copies."""
+        """Blocks of exact requests.  A bounded one, which takes copies, looks the same until its
+        ring comes into use."""
         if not self.shares:
             return None
         blocks = self._written(request, min(most, budget.layout.plain_until))
