@@ -166,7 +166,7 @@ CONFLICTS = (
     Conflict(
         "routed experts in answers",
         lambda c: bool(c.aux_output_config.enable_return_routed_experts),
-        "they are kept by prefix-cacheable block, express has none",
+        "they are kept by blocks that mean positions, which those of bounded requests do not",
         "drop --enable-return-routed-experts",
     ),
     Conflict(
@@ -221,7 +221,7 @@ CONFLICTS = (
     Conflict(
         "KV events",
         lambda c: c.kv_events_config is not None and c.kv_events_config.enable_kv_cache_events,
-        "block events describe prefix-cacheable blocks, express has none",
+        "block events describe blocks that mean positions; those of bounded requests do not",
         "drop --kv-events-config",
     ),
 )  # fmt: skip

@@ -47,15 +47,54 @@ def test_a_refused_request_is_told_to_its_client():
     assert EngineCoreOutput.__struct_fields__[:2] == ("request_id", "new_token_ids")
 
 
-def test_vllm_fills_in_prefix_caching_where_we_look():
-    """express_vllm.patches.keep_prefix_caching_asked"""
-    from vllm.engine.arg_utils import EngineArgs
+def test_the_scheduler_asks_where_requests_start_and_end():
+    """express_vllm.scheduler.scheduler: what a request starts from, whether it waits, how many of its
+    tokens a step computes, and what is done when its blocks are freed."""
+    source = inspect.getsource(scheduler.Scheduler.schedule)
+    find = source.index("= self._get_local_prefix_cache_hit(request)")
+    wait = source.index("if self._ec_transfer_pending(request, num_computed_tokens):")
+    assert find < wait < source.index("prefill_stats.set(")
+    assert source.count("num_new_tokens = self._reserve_prefill_lookahead(") == 2
+    assert "skip_request(request_queue)\n                        continue" in source[wait:]
+    for end in (scheduler.Scheduler._preempt_request, scheduler.Scheduler._free_blocks):
+        assert "self._free_request_blocks(request)" in inspect.getsource(end)
+    preempt = inspect.getsource(scheduler.Scheduler._preempt_request)
+    freed = preempt.index("self._free_request_blocks(request)")
+    assert freed < preempt.index("request.num_computed_tokens = 0")
 
-    assert EngineArgs.__dataclass_fields__["enable_prefix_caching"].default is None
-    original = EngineArgs._set_default_chunked_prefill_and_prefix_caching_args
-    source = inspect.getsource(inspect.unwrap(original))
-    assert list(inspect.signature(original).parameters) == ["self", "model_config"]
-    assert "if self.enable_prefix_caching is None:" in source
+
+def test_blocks_are_copied_before_a_step_computes_and_held_until_then():
+    """express_vllm.scheduler.manager"""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.worker.gpu import model_runner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    taken = inspect.getsource(KVCacheManager.take_kv_cache_block_copies)
+    assert "mgr.take_pending_cow_copies()" in taken
+    assert "retained_blocks = [block for pair in pending_copies for block in pair]" in taken
+    for runner in (GPUModelRunner._update_states, model_runner.GPUModelRunner.update_requests):
+        assert "copy_kv_cache_blocks_inplace(" in inspect.getsource(runner)
+    execute = inspect.getsource(model_runner.GPUModelRunner.execute_model)
+    assert execute.index("self.update_requests(scheduler_output)") < execute.index(
+        "if scheduler_output.total_num_scheduled_tokens == 0:"
+    )
+
+
+def test_a_block_with_a_hash_is_freed_to_the_end_and_loses_it_to_the_next():
+    """express_vllm.scheduler.states: what keeps the blocks of a state, and says that it is gone."""
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
+
+    pool = BlockPool(8, enable_caching=True, hash_block_size=16)
+    tagged, plain = pool.get_new_blocks(1), pool.get_new_blocks(1)
+    tag = make_block_hash_with_group_id(BlockHash(b"tag"), 0)
+    tagged[0].set_block_hash(tag)
+    pool.free_blocks(tagged)
+    pool.free_blocks(plain)
+    assert pool.get_new_blocks(6)[0] is plain[0]
+    assert tagged[0].block_hash is tag
+    assert pool.get_new_blocks(1) == tagged
+    assert tagged[0].block_hash is None
 
 
 def test_vllm_still_turns_generators_back_that_cannot_on_cpus():

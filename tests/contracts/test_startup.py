@@ -78,7 +78,12 @@ def test_express_chooses_scheduler_and_worker(model_path):
     config = engine_config(model_path, attention_backend="express")
     assert config.scheduler_config.scheduler_cls.endswith("ExpressScheduler")
     assert config.parallel_config.worker_cls.endswith("ExpressCPUWorker")
-    assert config.cache_config.enable_prefix_caching is False
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_prefix_caching_is_vllms_own_setting(model_path, asked):
+    config = engine_config(model_path, attention_backend="express", enable_prefix_caching=asked)
+    assert config.cache_config.enable_prefix_caching is (asked is not False)
 
 
 def test_other_backends_are_untouched(model_path):
@@ -118,40 +123,6 @@ def test_conflicts_stop_the_start(model_path, arguments, words):
         engine_config(model_path, attention_backend="express", **arguments)
     for word in words:
         assert word in str(error.value)
-
-
-@pytest.mark.parametrize("way", ["line", "file", "call"])
-def test_prefix_caching_is_refused_whoever_asks(model_path, tmp_path, way):
-    """On the command line, in a --config file, or as `LLM(enable_prefix_caching=True)`."""
-    if way == "call":
-        arguments = {"enable_prefix_caching": True}
-    else:
-        file = tmp_path / "config.yaml"
-        file.write_text("enable-prefix-caching: true\n")
-        arguments = parsed(
-            ["--config", str(file)] if way == "file" else ["--enable-prefix-caching"]
-        )
-    with pytest.raises(Exception, match=r"prefix caching.*drop --enable-prefix-caching"):
-        engine_config(model_path, attention_backend="express", **arguments)
-
-
-def parsed(line):
-    """The engine arguments of `vllm serve` with `line` that are not at their defaults."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    plain, asked = (vars(parser.parse_args(["serve", "m", *x][2:])) for x in ([], line))
-    return {name: value for name, value in asked.items() if value != plain.get(name)}
-
-
-def test_vllms_default_of_prefix_caching_is_just_switched_off(model_path):
-    """Also when the same arguments are configured twice: vLLM writes its default into them."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    arguments = EngineArgs(model=str(model_path), max_model_len=2048, attention_backend="express")
-    for _ in range(2):
-        assert arguments.create_engine_config().cache_config.enable_prefix_caching is False
 
 
 class Changed:

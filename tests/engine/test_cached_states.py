@@ -80,11 +80,13 @@ def runs(request, tokens, quick, tmp_path_factory):
     results = []
     for cached in (True, False):
         call = {"nodes": nodes, "batches": batches, "least_gain": 64}
-        (result,) = run_engine(
-            tmp_path_factory.mktemp("states"), "express", [["conversations", call]],
+        more = ["copied_state", {"prompt": tokens[:700], "extra_args": budgets(quick)[0]}]
+        calls = [["conversations", call], more]
+        result, *copied = run_engine(
+            tmp_path_factory.mktemp("states"), "express", calls if cached else calls[:1],
             enable_prefix_caching=cached, **engine,
         )  # fmt: skip
-        results.append(result)
+        results.append(result | {"copied": copied})
     return nodes, *results
 
 
@@ -112,3 +114,10 @@ def test_nothing_is_lost(runs):
     assert warm["usable"]
     assert warm["budgets_left"] == 0
     assert 0 < warm["states"] < POOL
+
+
+def test_a_hit_has_the_bits_of_the_state(runs):
+    """All but the slots of the tokens that have been added since, and of their query."""
+    (copied,) = runs[1]["copied"]
+    assert copied["cached"] == 700
+    assert all(0 < count <= 4 for count in copied["differing"])

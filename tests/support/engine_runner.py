@@ -150,6 +150,29 @@ class Engine:
             "usable": all(b.ref_cnt == 0 for b in self.pool.blocks if not b.is_null),
         }
 
+    def copied_state(self, prompt, extra_args):
+        """Two requests, of which the second is the first with one token more: the slots of each
+        layer in which the second's blocks differ from the state, once that token is stored."""
+        from vllm import SamplingParams
+
+        worker = self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
+        caches = worker.worker.model_runner.kv_caches
+        engine = self.llm.llm_engine
+        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, extra_args=extra_args)
+        longer = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, extra_args=extra_args)
+        self.llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
+        states = self.manager.states
+        (state,) = [s for s in set(states._owner.values()) if s.tokens == len(prompt) and s.whole]
+        engine.add_request("copy", {"prompt_token_ids": [*prompt, 5]}, longer)
+        outputs = engine.step() or engine.step()
+        (name,) = self.manager.req_to_blocks
+        mine = [b.block_id for b in self.manager.req_to_blocks[name]][: len(state.blocks)]
+        theirs = [b.block_id for b in state.blocks]
+        differing = [int((cache[mine] != cache[theirs]).any(-1).any(1).sum()) for cache in caches]
+        engine.abort_request(["copy"])
+        engine.step()
+        return {"differing": differing, "cached": outputs[0].num_cached_tokens if outputs else 0}
+
     def aborts(self, requests, steps):
         """Add each request, run its number of steps, abort it; -> free blocks before and after."""
         from vllm import SamplingParams
