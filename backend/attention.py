@@ -124,8 +124,8 @@ class ExpressImpl(AttentionImpl[Any]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.first_kv_head = first_kv_head(self.num_kv_heads)
-        self._path: Path | None = None
-        self._device: Device = device_of(self, get_current_vllm_config())
+        self._path: Path[Any] | None = None
+        self._device: Device[Any] = device_of(self, get_current_vllm_config())
 
     def forward(
         self,
@@ -154,7 +154,7 @@ class ExpressImpl(AttentionImpl[Any]):
         return output
 
 
-def device_of(layer: Layer, vllm_config: Any) -> Device:
+def device_of(layer: Layer, vllm_config: Any) -> Device[Any]:
     # Imported here: only one device's kernels can be loaded, or are wanted, on a machine.
     if uses_triton():
         from .gpu.device import GpuDevice

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
+
+#: What a device's metadata builder makes for a step.
+Plan = TypeVar("Plan", contravariant=True)
 
 
 class Layer(Protocol):
@@ -17,7 +20,7 @@ class Layer(Protocol):
     first_kv_head: int  # its index among those of all ranks
 
 
-class Path(Protocol):
+class Path(Protocol[Plan]):
     """One layer's attention."""
 
     def forward(
@@ -26,21 +29,21 @@ class Path(Protocol):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        plan: Any,
+        plan: Plan,
         output: Tensor,
     ) -> None:
-        """Run a step's plan, which the device's metadata builder has made.
+        """Run a step's plan.
 
         query [T, heads, d], key and value [T, KV heads, d]; kv_cache [blocks, KV heads, slots of a
         page, 2 d], key | value; output [T, heads, d] in place.
         """
 
 
-class Device(Protocol):
+class Device(Protocol[Plan]):
     """What one layer needs of the device before it runs."""
 
     def reserve(self, query: Tensor) -> None:
         """Take what a step may need, while memory is profiled."""
 
-    def path(self, layer: int) -> Path:
+    def path(self, layer: int) -> Path[Plan]:
         """The path of the layer with this global index."""

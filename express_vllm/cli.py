@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform as machine
+import signal
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -25,6 +26,10 @@ def main(arguments: list[str] | None = None) -> None:
     check = commands.add_parser("check", help="check an --additional-config value")
     check.add_argument("config", help="""JSON, such as '{"express": {"memory_tokens": 1024}}'""")
     options = parser.parse_args(arguments)
+    if arguments is None:
+        # The process is ours.  A reader that closes the pipe (`| head -1`) ends it, as it ends
+        # other commands: Python's way is an error, from vLLM's logger too.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if options.command == "doctor":
         sys.exit(doctor())
     if options.command == "check":

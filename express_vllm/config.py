@@ -81,8 +81,12 @@ class ServerConfig:
                 "express.min_memory_tokens", self.min_memory_tokens,
                 f"it must be at most the default memory_tokens, {self.memory_tokens}",
             )  # fmt: skip
+        self.check_slots(self.memory_tokens)
+
+    def check_slots(self, slots: int) -> None:
+        """Whether the default budget, which is so many slots, can be divided as configured."""
         try:
-            self.shape(self.memory_tokens, self.profile)
+            self.shape(slots, self.profile)
         except ValueError as error:
             raise BudgetError("express.memory_tokens", self.memory_tokens, str(error)) from error
 

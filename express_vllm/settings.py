@@ -61,10 +61,7 @@ class Settings:
                 "express.memory_tokens", config.memory_tokens,
                 f"with this model's wide layers it must be at least {least}",
             )  # fmt: skip
-        try:
-            config.shape(self.size.slots(config.memory_tokens), config.profile)
-        except ValueError as error:
-            raise BudgetError("express.memory_tokens", config.memory_tokens, str(error)) from error
+        config.check_slots(self.size.slots(config.memory_tokens))
 
     @property
     def max_model_len(self) -> int:

@@ -118,9 +118,36 @@ def halve(slots, order, start, length, kind, event_key, op):
     keys = np.empty((length, size), np.float32)
     values = np.empty((length, size), np.float32)
     norms = np.empty(length, np.float32)
+    bound = _gather(slots, order[start : start + length], kind, keys, values, norms)
+    shift = norms.max()
+    key_dots = np.empty((_ROWS, length), np.float32)
+    value_dots = np.empty((_ROWS, length), np.float32)
+    psi = np.zeros(length // 2, np.float32)
+    difference = np.empty(length // 2, np.float32)
+    largest = np.float32(0.0)
+    flip = np.int64(random_bits(event_key, op, _COMPLEMENT, 0) & np.uint64(1))
+    for block in range(0, length, _ROWS):
+        rows = min(_ROWS, length - block)
+        _dots(keys, block, rows, key_dots)
+        _dots(values, block, rows, value_dots)
+        _kernel_rows(key_dots, value_dots, norms, shift, bound, block, rows, kind, size)
+        for r in range(0, rows, 2):
+            i = (block + r) // 2
+            draw = random_bits(event_key, op, _SIGN, i)
+            positive, largest = _sign(
+                key_dots[r], key_dots[r + 1], i, kind, draw, largest, psi, difference
+            )
+            kept = np.int64(1 - np.int64(positive)) ^ flip
+            order[start + i] = order[start + 2 * i + kept]
+
+
+@njit(fastmath=_FAST, cache=True)
+def _gather(slots, chosen, kind, keys, values, norms):
+    """Keys and values [S, d] of the chosen slots, norms [S] of the keys; -> largest value^2."""
+    length, size = keys.shape
     bound = np.float32(0.0)
     for j in range(length):
-        row = slots[order[start + j]]
+        row = slots[chosen[j]]
         for c in range(size):
             keys[j, c] = row[c]
             values[j, c] = row[size + c]
@@ -133,56 +160,51 @@ def halve(slots, order, start, length, kind, event_key, op):
         for c in range(size):
             norm += keys[j, c] * keys[j, c]
         norms[j] = norm
-    shift = norms.max()
-    bound *= bound
+    return bound * bound
+
+
+@njit(fastmath=_FAST, cache=True)
+def _kernel_rows(key_dots, value_dots, norms, shift, bound, block, rows, kind, size):
+    """Replace the dots of a block's keys by the halving kernel, k(key) (<v, v'> + bound)."""
+    length = norms.shape[0]
     scale = np.float32(1.0) / np.sqrt(np.float32(size))
-    key_dots = np.empty((_ROWS, length), np.float32)
-    value_dots = np.empty((_ROWS, length), np.float32)
-    psi = np.zeros(length // 2, np.float32)
-    difference = np.empty(length // 2, np.float32)
-    largest = np.float32(0.0)
-    flip = np.int64(random_bits(event_key, op, _COMPLEMENT, 0) & np.uint64(1))
-    factor = np.float32(0.5) + np.log(np.float32(length)) + _LOG_TWO_OVER_DELTA
-    for block in range(0, length, _ROWS):
-        rows = min(_ROWS, length - block)
-        _dots(keys, block, rows, key_dots)
-        _dots(values, block, rows, value_dots)
-        for r in range(rows):
-            dots, weights, norm = key_dots[r], value_dots[r], norms[block + r]
-            if kind == _GAUSSIAN:
-                for j in range(block, length):
-                    distance = max(norm + norms[j] - np.float32(2.0) * dots[j], np.float32(0.0))
-                    dots[j] = fast_exp(np.float32(-0.5) * scale * distance) * (weights[j] + bound)
-            else:
-                for j in range(block, length):
-                    exponent = min((dots[j] - shift) * scale, np.float32(0.0))
-                    dots[j] = fast_exp(exponent) * (weights[j] + bound)
-        for r in range(0, rows, 2):
-            first, second = key_dots[r], key_dots[r + 1]
-            i = (block + r) // 2
-            for j in range(i, length // 2):
-                difference[j] = (first[2 * j] - first[2 * j + 1]) - (
-                    second[2 * j] - second[2 * j + 1]
-                )
-            draw = random_bits(event_key, op, _SIGN, i)
-            root = np.sqrt(max(difference[i], np.float32(0.0)))
-            largest = max(largest, root)
-            threshold = root * largest * factor
-            if kind == _EXPONENTIAL and threshold > np.float32(0.0):
-                ticket = np.float32(draw >> np.uint64(8)) * np.float32(2.0**-23) - np.float32(1.0)
-                positive = ticket * threshold > psi[i]
-            elif psi[i] == np.float32(0.0):
-                positive = draw & np.uint64(1) == np.uint64(1)
-            else:
-                positive = psi[i] < np.float32(0.0)
-            if positive:
-                for j in range(i + 1, length // 2):
-                    psi[j] += difference[j]
-            else:
-                for j in range(i + 1, length // 2):
-                    psi[j] -= difference[j]
-            kept = np.int64(1 - np.int64(positive)) ^ flip
-            order[start + i] = order[start + 2 * i + kept]
+    for r in range(rows):
+        dots, weights, norm = key_dots[r], value_dots[r], norms[block + r]
+        if kind == _GAUSSIAN:
+            for j in range(block, length):
+                distance = max(norm + norms[j] - np.float32(2.0) * dots[j], np.float32(0.0))
+                dots[j] = fast_exp(np.float32(-0.5) * scale * distance) * (weights[j] + bound)
+        else:
+            for j in range(block, length):
+                exponent = min((dots[j] - shift) * scale, np.float32(0.0))
+                dots[j] = fast_exp(exponent) * (weights[j] + bound)
+
+
+@njit(fastmath=_FAST, cache=True)
+def _sign(first, second, i, kind, draw, largest, psi, difference):
+    """The sign of pair i, whose kernel rows are `first` and `second`, and the largest root so far;
+    `psi` [S / 2] takes what the sign means for later pairs."""
+    pairs = psi.shape[0]
+    for j in range(i, pairs):
+        difference[j] = (first[2 * j] - first[2 * j + 1]) - (second[2 * j] - second[2 * j + 1])
+    root = np.sqrt(max(difference[i], np.float32(0.0)))
+    largest = max(largest, root)
+    factor = np.float32(0.5) + np.log(np.float32(2 * pairs)) + _LOG_TWO_OVER_DELTA
+    threshold = root * largest * factor
+    if kind == _EXPONENTIAL and threshold > np.float32(0.0):
+        ticket = np.float32(draw >> np.uint64(8)) * np.float32(2.0**-23) - np.float32(1.0)
+        positive = ticket * threshold > psi[i]
+    elif psi[i] == np.float32(0.0):
+        positive = draw & np.uint64(1) == np.uint64(1)
+    else:
+        positive = psi[i] < np.float32(0.0)
+    if positive:
+        for j in range(i + 1, pairs):
+            psi[j] += difference[j]
+    else:
+        for j in range(i + 1, pairs):
+            psi[j] -= difference[j]
+    return positive, largest
 
 
 @njit(fastmath=_FAST, cache=True)

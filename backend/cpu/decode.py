@@ -13,7 +13,7 @@ import torch
 from numba import carray, cfunc, njit
 
 from . import team
-from .scalar import BFLOAT16, FLOAT16, FLOAT32, as_pointer, fast_exp, widen
+from .scalar import RAW, as_pointer, fast_exp, widen
 
 SPLIT = 256
 _FAST = {"reassoc", "nsz", "arcp", "contract"}
@@ -102,79 +102,87 @@ _RECORD = team.Record(_Parameters)
 _FIELDS = _RECORD.dtype
 
 
-def _split_kernel(kind: int, raw: type):
-    """The compiled split kernel for one storage type."""
+@njit(fastmath=_FAST, forceinline=True)
+def _score(cache, bases, queries, bias, biased, scale, size, scores):
+    """scores[g, i] = scale <q_g, k_i> + log w_i for four query rows, each key read once."""
+    q0, q1, q2, q3 = queries[0], queries[1], queries[2], queries[3]
+    for i in range(bases.shape[0]):
+        # A slice, since an index of unknown sign would keep the loop from being vectorised.
+        row = cache[bases[i] : bases[i] + size]
+        extra = bias[i] if biased else np.float32(0.0)
+        s0 = s1 = s2 = s3 = np.float32(0.0)
+        for c in range(size):
+            x = widen(row[c])
+            s0 += q0[c] * x
+            s1 += q1[c] * x
+            s2 += q2[c] * x
+            s3 += q3[c] * x
+        scores[0, i], scores[1, i] = s0 * scale + extra, s1 * scale + extra
+        scores[2, i], scores[3, i] = s2 * scale + extra, s3 * scale + extra
 
-    @njit(fastmath=_FAST, cache=True)
-    def score(cache, bases, queries, bias, biased, scale, size, scores):
-        """scores[g, i] = scale <q_g, k_i> + log w_i for four query rows, each key read once."""
-        q0, q1, q2, q3 = queries[0], queries[1], queries[2], queries[3]
-        for i in range(bases.shape[0]):
-            # A slice, since an index of unknown sign would keep the loop from being vectorised.
-            row = cache[bases[i] : bases[i] + size]
-            extra = bias[i] if biased else np.float32(0.0)
-            s0 = s1 = s2 = s3 = np.float32(0.0)
-            for c in range(size):
-                x = widen(row[c], kind)
-                s0 += q0[c] * x
-                s1 += q1[c] * x
-                s2 += q2[c] * x
-                s3 += q3[c] * x
-            scores[0, i], scores[1, i] = s0 * scale + extra, s1 * scale + extra
-            scores[2, i], scores[3, i] = s2 * scale + extra, s3 * scale + extra
 
-    @njit(fastmath=_FAST, cache=True)
-    def accumulate(cache, bases, scores, size, sums):
-        """sums[g] += sum_i scores[g, i] v_i for four query rows, four values at a time."""
-        count = bases.shape[0]
-        l0, l1, l2, l3 = sums[0], sums[1], sums[2], sums[3]
-        for start in range(0, count, 4):
-            b0, b1 = bases[start] + size, bases[min(start + 1, count - 1)] + size
-            b2, b3 = (
-                bases[min(start + 2, count - 1)] + size,
-                bases[min(start + 3, count - 1)] + size,
-            )
-            v0, v1 = cache[b0 : b0 + size], cache[b1 : b1 + size]
-            v2, v3 = cache[b2 : b2 + size], cache[b3 : b3 + size]
-            p = scores[:, start : start + 4]  # past the end the scores are 0
-            p00, p01, p02, p03 = p[0, 0], p[0, 1], p[0, 2], p[0, 3]
-            p10, p11, p12, p13 = p[1, 0], p[1, 1], p[1, 2], p[1, 3]
-            p20, p21, p22, p23 = p[2, 0], p[2, 1], p[2, 2], p[2, 3]
-            p30, p31, p32, p33 = p[3, 0], p[3, 1], p[3, 2], p[3, 3]
-            for c in range(size):
-                x0, x1 = widen(v0[c], kind), widen(v1[c], kind)
-                x2, x3 = widen(v2[c], kind), widen(v3[c], kind)
-                l0[c] += (p00 * x0 + p01 * x1) + (p02 * x2 + p03 * x3)
-                l1[c] += (p10 * x0 + p11 * x1) + (p12 * x2 + p13 * x3)
-                l2[c] += (p20 * x0 + p21 * x1) + (p22 * x2 + p23 * x3)
-                l3[c] += (p30 * x0 + p31 * x1) + (p32 * x2 + p33 * x3)
+@njit(fastmath=_FAST, forceinline=True)
+def _accumulate(cache, bases, scores, size, sums):
+    """sums[g] += sum_i scores[g, i] v_i for four query rows, four values at a time."""
+    count = bases.shape[0]
+    l0, l1, l2, l3 = sums[0], sums[1], sums[2], sums[3]
+    for start in range(0, count, 4):
+        b0, b1 = bases[start] + size, bases[min(start + 1, count - 1)] + size
+        b2, b3 = (
+            bases[min(start + 2, count - 1)] + size,
+            bases[min(start + 3, count - 1)] + size,
+        )
+        v0, v1 = cache[b0 : b0 + size], cache[b1 : b1 + size]
+        v2, v3 = cache[b2 : b2 + size], cache[b3 : b3 + size]
+        p = scores[:, start : start + 4]  # past the end the scores are 0
+        p00, p01, p02, p03 = p[0, 0], p[0, 1], p[0, 2], p[0, 3]
+        p10, p11, p12, p13 = p[1, 0], p[1, 1], p[1, 2], p[1, 3]
+        p20, p21, p22, p23 = p[2, 0], p[2, 1], p[2, 2], p[2, 3]
+        p30, p31, p32, p33 = p[3, 0], p[3, 1], p[3, 2], p[3, 3]
+        for c in range(size):
+            x0, x1 = widen(v0[c]), widen(v1[c])
+            x2, x3 = widen(v2[c]), widen(v3[c])
+            l0[c] += (p00 * x0 + p01 * x1) + (p02 * x2 + p03 * x3)
+            l1[c] += (p10 * x0 + p11 * x1) + (p12 * x2 + p13 * x3)
+            l2[c] += (p20 * x0 + p21 * x1) + (p22 * x2 + p23 * x3)
+            l3[c] += (p30 * x0 + p31 * x1) + (p32 * x2 + p33 * x3)
 
-    @njit(fastmath=_FAST, cache=True)
-    def attend(cache, bases, queries, bias, biased, scale, size, out, scores, padded, sums):
-        """One split: softmax numerator, peak and total of queries [G, d] into out [G, d + 2]."""
-        group, count = queries.shape[0], bases.shape[0]
-        for first in range(0, group, _HEADS):
-            heads = min(_HEADS, group - first)
-            for g in range(_HEADS):
-                padded[g] = queries[first + min(g, heads - 1)]
-            score(cache, bases, padded, bias, biased, scale, size, scores)
-            for g in range(_HEADS):
-                peak = np.float32(-3.0e38)
-                for i in range(count):
-                    peak = max(peak, scores[g, i])
-                total = np.float32(0.0)
-                for i in range(count):
-                    scores[g, i] = fast_exp(scores[g, i] - peak)
-                    total += scores[g, i]
-                for i in range(count, count + 3):
-                    scores[g, i] = np.float32(0.0)
-                if g < heads:
-                    out[first + g, size] = peak
-                    out[first + g, size + 1] = total
-            sums[:] = np.float32(0.0)
-            accumulate(cache, bases, scores, size, sums)
-            for g in range(heads):
-                out[first + g, :size] = sums[g]
+
+@njit(fastmath=_FAST, forceinline=True)
+def _attend(cache, bases, queries, bias, biased, scale, size, out, scores, padded, sums):
+    """One split: softmax numerator, peak and total of queries [G, d] into out [G, d + 2]."""
+    group, count = queries.shape[0], bases.shape[0]
+    for first in range(0, group, _HEADS):
+        heads = min(_HEADS, group - first)
+        for g in range(_HEADS):
+            padded[g] = queries[first + min(g, heads - 1)]
+        _score(cache, bases, padded, bias, biased, scale, size, scores)
+        for g in range(_HEADS):
+            peak = np.float32(-3.0e38)
+            for i in range(count):
+                peak = max(peak, scores[g, i])
+            total = np.float32(0.0)
+            for i in range(count):
+                scores[g, i] = fast_exp(scores[g, i] - peak)
+                total += scores[g, i]
+            for i in range(count, count + 3):
+                scores[g, i] = np.float32(0.0)
+            if g < heads:
+                out[first + g, size] = peak
+                out[first + g, size + 1] = total
+        sums[:] = np.float32(0.0)
+        _accumulate(cache, bases, scores, size, sums)
+        for g in range(heads):
+            out[first + g, :size] = sums[g]
+
+
+def _split_kernel(raw: type):
+    """The compiled split kernel for one storage type, as `widen` reads it.
+
+    Its closure holds nothing compiled: numba would find no such kernel in its cache again, and
+    compile it in every process.  LLVM must inline its helpers: else a kernel from the cache may
+    call another version of them, which rounds otherwise, than one that was just compiled.
+    """
 
     @cfunc(team.SIGNATURE, cache=True)
     def kernel(pointer):
@@ -219,7 +227,7 @@ def _split_kernel(kind: int, raw: type):
             start = offsets[request]
             biased = start >= 0
             slice_ = bias[start + first : start + first + count] if biased else bias[:0]
-            attend(
+            _attend(
                 cache, bases[:count], queries[request, head], slice_, biased, scale, size,
                 partial[item, head], scores, padded, sums,
             )  # fmt: skip
@@ -227,11 +235,7 @@ def _split_kernel(kind: int, raw: type):
     return kernel
 
 
-_KERNELS = {
-    torch.bfloat16: _split_kernel(BFLOAT16, np.uint16),
-    torch.float16: _split_kernel(FLOAT16, np.uint16),
-    torch.float32: _split_kernel(FLOAT32, np.uint32),
-}
+_KERNELS = {dtype: _split_kernel(raw) for dtype, raw in RAW.items()}
 
 
 @njit(fastmath=_FAST, cache=True)

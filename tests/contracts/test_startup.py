@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -425,6 +426,18 @@ def test_doctor_reports_a_ready_installation(capsys):
     assert stop.value.code == 0, text
     assert "ExpressCpuPlatform" in text and "NO:" not in text
     assert "speculative decoding" in text
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly():
+    """`express-vllm ... | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", "from express_vllm.cli import main; main()", "conflicts"],
+        stdout=writing, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writing)
+    assert done.returncode == -signal.SIGPIPE and done.stderr == ""
 
 
 def test_check_explains_a_configuration(capsys):

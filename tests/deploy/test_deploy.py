@@ -189,6 +189,53 @@ def test_scripts_parse(script):
     assert os.access(DEPLOY / script, os.X_OK)
 
 
+def served(folder, device, flags, **environment):
+    """The arguments that serve.sh gives to vllm on such a machine, and what it prints."""
+    checkout = folder / "checkout"
+    for name, text in {
+        "deploy/serve.sh": (DEPLOY / "serve.sh").read_text(),
+        ".venv/express-setup": f"{device} 3.12\n",
+        ".venv/bin/python": "#!/bin/sh\necho /models/small\n",
+        ".venv/bin/vllm": '#!/bin/sh\nfor argument; do echo "given: $argument"; done\n',
+        "cpuinfo": f"flags : fpu {flags} sse\n",
+    }.items():
+        path = checkout / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    given = {"PATH": os.environ["PATH"], "CPUINFO": str(checkout / "cpuinfo"), **environment}
+    done = subprocess.run(
+        [checkout / "deploy" / "serve.sh"], env=given, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    return re.findall("^given: (.*)", done.stdout, re.M), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "environment", "dtypes"),
+    [
+        ("cpu", "avx2 avx512f", {}, ["float32"]),
+        ("cpu", "avx512f avx512_bf16", {}, []),
+        ("cpu", "amx_bf16", {}, []),
+        ("cpu", "asimd i8mm bf16", {}, []),
+        ("cuda", "avx2", {}, []),
+        ("cpu", "avx2", {"MODEL": "/models/other"}, []),
+        ("cpu", "avx2", {"ARGS": "--dtype bfloat16"}, ["bfloat16"]),
+        ("cpu", "avx2", {"ARGS": "--seed 1 --dtype=half"}, []),
+        ("cpu", "avx2", {"ARGS": "--additional-config '{\"a\": 1}'"}, ["float32"]),
+    ],
+)
+def test_the_small_model_runs_in_the_type_that_is_fast(
+    tmp_path, device, flags, environment, dtypes
+):
+    """Without bf16 instructions in float32, unless another type is asked for."""
+    given, printed = served(tmp_path, device, flags, **environment)
+    asked = [given[i + 1] for i, argument in enumerate(given) if argument == "--dtype"]
+    assert asked == dtypes
+    assert ("adding --dtype float32" in printed) == (dtypes == ["float32"])
+    assert "ARGS" not in environment or given[-1] in environment["ARGS"]
+
+
 @pytest.mark.ops
 def test_hadolint_finds_nothing():
     hadolint = Path(sys.executable).with_name("hadolint")

@@ -1,12 +1,16 @@
 """The compiled compaction against the oracle: the same decisions, the same slots."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from numba import njit
 
 from express_vllm import rng
-from express_vllm.backend.cpu import compaction
-from express_vllm.backend.cpu.scalar import fast_exp, random_bits, widen
+from express_vllm.backend.cpu import compaction, decode
+from express_vllm.backend.cpu.scalar import RAW, fast_exp, random_bits, widen
 from express_vllm.layout import Layout
 from express_vllm.reference.cache import ExpressCache
 from express_vllm.shape import RING_ROWS, make_shape
@@ -62,6 +66,11 @@ def test_random_bits_equal_the_oracle():
         assert 0.0 <= rng.uniform(compiled) < 1.0
 
 
+@njit
+def compiled_widen(word):
+    return widen(word)
+
+
 def test_exp_and_half_precision_loads():
     x = -np.linspace(0, 90, 5001, dtype=np.float32)
     ours = np.array([fast_exp(v) for v in x])
@@ -69,8 +78,21 @@ def test_exp_and_half_precision_loads():
     error = np.abs(ours - expected)
     assert np.all(error <= 2e-7 * (1.0 - x) * expected + 1e-37)
     values = torch.randn(1000) * 10.0 ** torch.randint(-7, 4, (1000,))
-    for kind, dtype in ((0, torch.bfloat16), (1, torch.float16)):
+    for dtype in (torch.bfloat16, torch.float16):
         stored = values.to(dtype)
-        words = stored.view(torch.int16).numpy().view(np.uint16)
-        wide = np.array([widen(w, kind) for w in words])
+        words = stored.view(torch.int16).numpy().view(RAW[dtype])
+        wide = np.array([compiled_widen(w) for w in words])
         assert np.array_equal(wide, stored.float().numpy())
+
+
+FOUND = """
+from express_vllm.backend.cpu import compaction, decode
+print([kernel.cache_hits for kernel in (compaction._compact, *decode._KERNELS.values())])
+"""
+
+
+def test_a_process_finds_the_kernels_that_another_has_compiled():
+    """This one has them; compiling them takes ten seconds."""
+    assert len(decode._KERNELS) == 3
+    done = subprocess.run([sys.executable, "-c", FOUND], text=True, capture_output=True)
+    assert done.stdout.strip() == "[1, 1, 1, 1]", done.stdout + done.stderr
