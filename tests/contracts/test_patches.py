@@ -48,7 +48,7 @@ def test_a_refused_request_is_told_to_its_client():
 
 
 def test_the_scheduler_asks_where_requests_start_and_end():
-    """express_vllm.scheduler.scheduler: what a request starts from, whether it waits, how many of its
+    """express_vllm.scheduler.scheduler: what a request starts from, whether it waits, how many
     tokens a step computes, and what is done when its blocks are freed."""
     source = inspect.getsource(scheduler.Scheduler.schedule)
     find = source.index("= self._get_local_prefix_cache_hit(request)")

@@ -19,7 +19,9 @@ COUNT = 4096
 #: Of a server on which a request may have 512 slots in ordinary layers to the slot (budgets lie on
 #: a grid, but the least one is granted as it is).
 MEMORY = 666
-SERVER = {"express": {"memory_tokens": MEMORY, "min_memory_tokens": MEMORY}}
+SERVER = {
+    "express": {"memory_tokens": MEMORY, "min_memory_tokens": MEMORY, "max_memory_tokens": 1024}
+}
 
 
 def job(prompt):

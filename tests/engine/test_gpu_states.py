@@ -1,6 +1,6 @@
 """Cached states on a GPU: the Triton kernels under Model Runner V2, scheduled asynchronously."""
 
 import pytest
-from test_cached_states import *  # noqa: F403
+from test_states import *  # noqa: F403
 
 pytestmark = pytest.mark.gpu

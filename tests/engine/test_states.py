@@ -6,9 +6,13 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 from engines import run_engine
 
 pytestmark = pytest.mark.server
+#: The most that the gap of the best two log-probabilities may differ: batches of other sizes round
+#: differently, and a GPU multiplies fp32 operands as tf32.
+GAP = 5e-2 if torch.cuda.is_available() else 2e-3
 TREES = 25
 #: Trees whose requests are mixed: their states fit the pool, mostly.
 TOGETHER = 2
@@ -105,7 +109,7 @@ def test_hits_give_the_tokens_of_a_cold_run(runs):
         length = min(len(hit["tokens"]), len(miss["tokens"])) if nodes[i]["steps"] else None
         assert hit["prompt"] == miss["prompt"], i
         assert hit["tokens"][:length] == miss["tokens"][:length], (i, hit["cached"])
-        assert hit["margins"][:length] == pytest.approx(miss["margins"][:length], abs=2e-3), i
+        assert hit["margins"][:length] == pytest.approx(miss["margins"][:length], abs=GAP), i
 
 
 def test_nothing_is_lost(runs):
