@@ -70,7 +70,8 @@ def test_completions_report_what_the_cache_held(server, client, size, long_promp
     found = used(answer.usage)
     peak = size.tokens(size.slots(512))
     assert found == {
-        "mode": "express", "memory_tokens": 512, "peak_kv_tokens": peak, "exact_kv_tokens": 1599,
+        "mode": "express", "memory_tokens": 512, "pinned_tokens": 4,
+        "peak_kv_tokens": peak, "exact_kv_tokens": 1599,
         "compactions": found["compactions"], "compression_ratio": round(1599 / peak, 4),
         "sequences": 1,
     }  # fmt: skip
