@@ -182,3 +182,20 @@ def test_a_common_beginning():
     assert [common(*pair) for pair in (("", "a"), ("ab", "ab"), ("abc", "abd"), ("ab", "abc"))] == [
         0, 2, 2, 2,
     ]  # fmt: skip
+
+
+def test_vllm_renders_chats_as_this_expects():
+    import inspect
+    from dataclasses import fields
+
+    from vllm.renderers.base import BaseRenderer
+    from vllm.renderers.online_renderer import OnlineRenderer
+    from vllm.renderers.params import ChatParams as Theirs
+
+    names = list(inspect.signature(BaseRenderer.render_chat_async).parameters)
+    assert names[:3] == ["self", "conversations", "chat_params"]
+    assert "chat_template_kwargs" in {field.name for field in fields(Theirs)}
+    for way in (OnlineRenderer.render_chat, OnlineRenderer.render_responses):
+        assert "self.preprocess_chat(" in inspect.getsource(way)
+    source = inspect.getsource(OnlineRenderer.preprocess_chat)
+    assert source.count("renderer.render_chat_async(") == 1 and "[messages]," in source
