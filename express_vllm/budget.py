@@ -13,14 +13,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .fields import MODES, PREFIX, BudgetError, Fields, memory_amount, parse
+from .fields import MODES, PREFIX, BudgetError, Fields, memory_amount, needs_integer, parse
 from .layout import Layout, layout_for
 from .shape import EXACT_SHAPE, Shape
 
 if TYPE_CHECKING:
+    from .config import ServerConfig
     from .settings import Settings
 
-__all__ = ["FIELDS", "MODES", "PREFIX", "Budget", "BudgetError", "on_grid", "resolve", "unpack"]
+__all__ = [
+    "FIELDS", "MODES", "PREFIX", "Budget", "BudgetError", "on_grid", "pins", "resolve", "unpack",
+]  # fmt: skip
 
 #: Budgets that a power of two and the next one have between them, the first included.
 GRID = 16
@@ -76,15 +79,33 @@ class Budget:
         """What `unpack` makes the budget from, in types that JSON and msgpack have."""
         return [
             self.mode, self.memory_tokens, self.compute_tokens, self.seed, self.profile, self.slots,
-            not self.exact, self.wide.slots if self.wide else 0,
+            not self.exact, self.wide.slots if self.wide else 0, self.shape.sinks,
         ]  # fmt: skip
+
+    def pinned(self, tokens: int) -> int:
+        """The first ones of `tokens` stored tokens that are kept whatever comes."""
+        return tokens if self.exact else min(tokens, self.shape.sinks)
+
+
+def _step(tokens: int) -> int:
+    """From a size on the grid to the next: at most 16 sizes to a doubling, no two closer than 16,
+    so that a server has a few hundred shapes whatever is asked for."""
+    return max(GRID, 1 << (tokens.bit_length() - 1) >> (GRID.bit_length() - 1))
 
 
 def on_grid(tokens: int) -> int:
-    """The most memory that a cache may have and `tokens` pay for: at most 16 sizes to a doubling,
-    no two closer than 16, so that a server has a few hundred shapes whatever is asked for."""
-    step = max(GRID, 1 << (tokens.bit_length() - 1) >> (GRID.bit_length() - 1))
+    """The most memory that a cache may have and `tokens` pay for."""
+    step = _step(tokens)
     return tokens // step * step
+
+
+def pins(tokens: int, config: ServerConfig) -> int:
+    """The tokens that are pinned for who asks for `tokens`: as many or more, on the grid; at least
+    the server's sinks."""
+    if tokens <= config.sinks:
+        return config.sinks
+    step = _step(tokens)
+    return -(-tokens // step) * step
 
 
 def resolve(
@@ -107,6 +128,7 @@ def resolve(
     }
     config, size = settings.config, settings.size
     asked = parse(raw, settings.fields, prefix)
+    pinned = _pinned(asked, prompt_tokens, config, prefix)
     mode = asked.mode or config.mode
     profile = asked.profile or config.profile
     seed = config.seed if asked.seed is None else asked.seed
@@ -124,21 +146,25 @@ def resolve(
     memory = max(on_grid(memory), min(memory, settings.min_memory_tokens))
     compute = min(memory, max(on_grid(compute), min(compute, settings.least_tokens)))
     try:
-        shape, wide = _shapes(memory, compute, profile, settings)
+        shape, wide = _shapes(memory, compute, profile, pinned, settings)
     except ValueError as error:
+        if pinned > config.sinks:
+            allowed = _room_for(pinned, profile, settings, prefix)
+            raise BudgetError(f"{prefix}pinned_tokens", asked.pinned_tokens, allowed) from error
         raise BudgetError(f"{prefix}memory_tokens", memory, str(error)) from error
     return Budget(mode, memory, compute, seed, profile, shape.slots, shape, wide)
 
 
 def _shapes(
-    memory: int, compute: int, profile: str, settings: Settings
+    memory: int, compute: int, profile: str, pinned: int, settings: Settings
 ) -> tuple[Shape, Shape | None]:
-    """The shapes in ordinary layers and in wide ones, whose means are at most the budget."""
+    """The shapes in ordinary layers and in wide ones, whose means are at most the budget; both keep
+    the first `pinned` tokens."""
     config, size = settings.config, settings.size
 
     def shape(factor: int) -> Shape:
         held, attended = size.slots(memory) * factor, size.slots(compute) * factor
-        return config.shape(min(held, attended + config.ring), profile)
+        return config.shape(min(held, attended + config.ring), profile, pinned)
 
     return shape(1), shape(config.wide_factor) if config.wide_layers else None
 
@@ -148,14 +174,17 @@ def unpack(packed: object, settings: Settings, length: int) -> Budget:
 
     Raises ValueError if it is no budget of a server with `settings`, or not of such a request.
     """
-    if not isinstance(packed, list) or len(packed) != 8:
+    if not isinstance(packed, list) or len(packed) != 9:
         raise ValueError("the request has no budget that was resolved by this version")
-    mode, memory, compute, seed, profile, slots, bounded, wide_slots = packed
+    mode, memory, compute, seed, profile, slots, bounded, wide_slots, pinned = packed
     config = settings.config
+    _check_numbers([memory, compute, seed, slots, wide_slots, pinned])
+    if pinned != (pins(pinned, config) if bounded else 0):
+        raise ValueError(f"{pinned} pinned tokens are no budget of this server")
     shape, wide = EXACT_SHAPE, None
     if bounded:
-        shape = config.shape(slots, profile)
-        wide = config.shape(wide_slots, profile) if wide_slots else None
+        shape = config.shape(slots, profile, pinned)
+        wide = config.shape(wide_slots, profile, pinned) if wide_slots else None
     too_small = not bounded and slots < min(length, settings.max_model_len)
     other_layers = bool(wide_slots) != bool(bounded and config.wide_layers)
     too_wide = wide_slots > slots * config.wide_factor  # more than the pages of the blocks hold
@@ -165,6 +194,38 @@ def unpack(packed: object, settings: Settings, length: int) -> Budget:
             f"{length} tokens"
         )
     return Budget(mode, memory, compute, seed, profile, slots, shape, wide)
+
+
+def _check_numbers(values: list[Any]) -> None:
+    for value in values:
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{value!r} in it is no budget of this server: it must be a number")
+
+
+def _pinned(asked: Fields, prompt_tokens: int, config: ServerConfig, prefix: str) -> int:
+    """The tokens that are pinned, of a prompt of `prompt_tokens`: what is beyond it is no one's."""
+    wanted = asked.pinned_tokens
+    if isinstance(wanted, str):  # a chat route makes a number of it (server/front.py)
+        raise needs_integer(prefix)
+    return pins(min(wanted or 0, prompt_tokens), config)
+
+
+def _room_for(pinned: int, profile: str, settings: Settings, prefix: str) -> str:
+    """What a request that pins so many tokens may say instead."""
+    memory, most = settings.min_memory_tokens, settings.max_memory_tokens
+    while memory <= most:
+        try:
+            _shapes(memory, memory, profile, pinned, settings)
+        except ValueError:
+            memory = on_grid(memory + _step(memory))
+            continue
+        return (
+            f"to pin {pinned} tokens (it is rounded up) {prefix}memory_tokens, and "
+            f"{prefix}compute_tokens if it is given, must be at least {memory}"
+        )
+    return (
+        f"pinning {pinned} tokens takes more than the server's max_memory_tokens, {most}; pin fewer"
+    )
 
 
 def _memory(asked: Fields, settings: Settings, mode: str, length: int, prefix: str) -> int:

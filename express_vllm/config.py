@@ -90,10 +90,12 @@ class ServerConfig:
         except ValueError as error:
             raise BudgetError("express.memory_tokens", self.memory_tokens, str(error)) from error
 
-    def shape(self, slots: int, profile: str) -> Shape:
+    def shape(self, slots: int, profile: str, pinned: int = 0) -> Shape:
+        """Of a layer with `slots` slots that keeps its first `pinned` tokens, at least `sinks`."""
         return make_shape(
-            slots, schedule=self.schedule, profile=profile, sinks=self.sinks, heavy=self.heavy,
-            window=self.window, interval=self.interval, group=self.group, exponent=self.exponent,
+            slots, schedule=self.schedule, profile=profile, sinks=self.sinks, pinned=pinned,
+            heavy=self.heavy, window=self.window, interval=self.interval, group=self.group,
+            exponent=self.exponent,
         )  # fmt: skip
 
     @property

@@ -11,11 +11,11 @@ import difflib
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from .shape import MIN_SLOTS
+from .shape import MAX_TOKENS, MIN_SLOTS
 
 PREFIX = "express_"
 MAX_SEED = 2**63 - 1
@@ -52,6 +52,15 @@ class BudgetError(ValueError):
         except RecursionError:
             text = f"<a {type(self.value).__name__} nested too deep>"
         return _cut(text, len(text), SHOWN)
+
+
+def needs_integer(prefix: str) -> BudgetError:
+    """The refusal of `"pinned_tokens": "system"` where no chat route has made a number of it."""
+    return BudgetError(
+        f"{prefix}pinned_tokens", "system",
+        "it must be an integer here; 'system' is for the express object of /v1/chat/completions, "
+        "/v1/responses and /v1/messages",
+    )  # fmt: skip
 
 
 def shown_name(name: str) -> str:
@@ -95,6 +104,12 @@ class Fields(BaseModel):
         None, description="'recent' keeps recent tokens dense, 'even' favours old ones"
     )
 
+    pinned_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | Literal["system"] | None = Field(
+        None,
+        description="first tokens of the prompt that are kept exactly for as long as the request "
+        "lives; 'system', on chat routes, pins the system messages and tools at its front",
+    )
+
     def xargs(self) -> dict[str, Any]:
         """The same budget as `vllm_xargs`."""
         return {PREFIX + k: v for k, v in self.model_dump(exclude_none=True).items()}
@@ -130,7 +145,7 @@ def parse(raw: object, model: type[Fields], prefix: str = PREFIX) -> Fields:
 def describe(model: type[Fields], name: str, prefix: str = PREFIX, note: str = "") -> str:
     """What the field `name` allows, read from the model's schema."""
     schema = model.model_json_schema()["properties"][name]
-    (kind,) = [part for part in schema["anyOf"] if part.get("type") != "null"]
+    kind, *words = [part for part in schema["anyOf"] if part.get("type") != "null"]
     if "enum" in kind:
         return f"it must be one of {', '.join(kind['enum'])}"
     if name == "memory":
@@ -142,6 +157,7 @@ def describe(model: type[Fields], name: str, prefix: str = PREFIX, note: str = "
     allowed = f"it must be an integer from {kind['minimum']}"
     if "maximum" in kind:
         allowed += f" to {kind['maximum']}"
+    allowed += "".join(f", or '{word['const']}'" for word in words)
     return f"{allowed} ({note})" if note else allowed
 
 

@@ -24,7 +24,7 @@ the `lazy` one.
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -215,10 +215,13 @@ class Layout:
 #: Events of all layouts that were asked for last, some 2 KB each, and the most that are kept.
 _events: dict[tuple[Layout, int], Event] = {}
 MOST_EVENTS = 8192
+#: Layouts that are kept, of some KB each.
+MOST_LAYOUTS = 4096
 
 
-@cache
+@lru_cache(MOST_LAYOUTS)
 def layout_for(shape: Shape) -> Layout:
-    """The shared `Layout` of a shape.  None is dropped: budgets lie on a grid (budget.on_grid), so
-    that a server has a few hundred, of some KB each."""
+    """The shared `Layout` of a shape.  Budgets lie on a grid (budget.on_grid), so that a server has
+    a few hundred, and none is dropped unless its users pin as many lengths; a layout that was
+    dropped is built again."""
     return Layout(shape)

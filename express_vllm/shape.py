@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 __all__ = [
     "EXACT_SHAPE", "MAX_TOKENS", "MIN_CAPACITY", "MIN_SLOTS", "NEVER", "PROFILES", "RING_ROWS",
-    "RING_SLOTS", "SCHEDULES", "Shape", "make_shape",
+    "RING_SLOTS", "SCHEDULES", "Shape", "least_interval", "make_shape",
 ]  # fmt: skip
 
 #: Query rows kept for scoring heavy hitters: the last positions before an event.
@@ -84,12 +84,29 @@ def _power_of_two_below(value: int, low: int, high: int) -> int:
     return max(low, min(high, 1 << (max(value, 1).bit_length() - 1)))
 
 
+def _interval(slots: int) -> int:
+    """The default interval of a cache of so many slots beside its pinned tokens."""
+    return _power_of_two_below(slots // 8, RING_ROWS, 512)
+
+
+def _least_rest(slots: int) -> int:
+    """Slots that pinned tokens must leave.  An eighth bounds how often a cache is thinned for the
+    tokens that it holds, and so what a step's tables take."""
+    return max(MIN_SLOTS, slots // 8)
+
+
+def least_interval(shape: Shape) -> int:
+    """The interval of a cache of as many slots, however many tokens it pins."""
+    return min(shape.interval, _interval(_least_rest(shape.slots)))
+
+
 def make_shape(
     slots: int,
     *,
     schedule: str = "lazy",
     profile: str = "recent",
     sinks: int = 4,
+    pinned: int = 0,
     heavy: int | None = None,
     window: int | None = None,
     interval: int | None = None,
@@ -98,21 +115,30 @@ def make_shape(
 ) -> Shape:
     """Divide `slots` among sinks, heavy hitters, coreset, window, interval and ring.
 
-    `None` picks the default: a quarter for the window, an eighth for heavy hitters and, as a power
-    of two, for the interval.  Raises ValueError if no room is left for a coreset.
+    `pinned` tokens, if they are more than `sinks`, become the sinks, and the other sizes follow
+    what the surplus leaves.  `None` picks the default: a quarter of that for the window, an eighth
+    for heavy hitters and, as a power of two, for the interval.  Raises ValueError if no room is
+    left for a coreset.
     """
     if slots < MIN_SLOTS:
         raise ValueError(f"a cache needs at least {MIN_SLOTS} slots, got {slots}")
+    rest = slots - max(pinned - sinks, 0)
+    if rest < _least_rest(slots):
+        raise ValueError(
+            f"{pinned} pinned tokens leave {rest} of {slots} slots; at least {_least_rest(slots)} "
+            "are needed"
+        )
+    sinks = max(sinks, pinned)
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
     if profile not in PROFILES:
         raise ValueError(f"profile {profile!r} is not one of {', '.join(PROFILES)}")
     if schedule == "paper":
         return replace(_paper_shape(slots, sinks, window, interval), exponent=exponent)
-    heavy = slots // 8 if heavy is None else heavy
-    window = slots // 4 if window is None else window
-    interval = _power_of_two_below(slots // 8, RING_ROWS, 512) if interval is None else interval
-    group = _power_of_two_below(slots // 8, 16, 64) if group is None else group
+    heavy = rest // 8 if heavy is None else heavy
+    window = rest // 4 if window is None else window
+    interval = _interval(rest) if interval is None else interval
+    group = _power_of_two_below(rest // 8, 16, 64) if group is None else group
     if window < RING_ROWS:
         raise ValueError(f"window must be at least {RING_ROWS} tokens, got {window}")
     if interval < RING_ROWS:
@@ -121,7 +147,7 @@ def make_shape(
         raise ValueError(f"group must be an even number of entries, got {group}")
     ring = RING_SLOTS if heavy else 0
     capacity = slots - ring - sinks - heavy - window - interval
-    least = max(slots // 8, MIN_CAPACITY)
+    least = max(rest // 8, MIN_CAPACITY)
     if capacity < least:
         raise ValueError(
             f"{slots} slots leave {capacity} for the coreset beside {sinks} sinks, {heavy} heavy "

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from express_vllm.shape import RING_ROWS, Shape
+from express_vllm.shape import RING_ROWS, Shape, least_interval
 
 from . import constants, tables
 from .constants import SLICES, Model
@@ -257,6 +257,7 @@ def _largest(slots: int, tokens: int, events: int, candidates: int, width: int) 
 
 def table_bytes(slots: int, tokens: int, shape: Shape | None) -> int:
     """Of the tables of a step with `tokens` tokens, for layers whose largest budget has `shape`: at
-    most an id and a log2 weight for each live slot of each event."""
-    events = cdiv(tokens, shape.interval) + 1 if shape else 1
+    most an id and a log2 weight for each live slot of each event.  A request that pins tokens has
+    more events than `shape`."""
+    events = cdiv(tokens, least_interval(shape)) + 1 if shape else 1
     return 12 * slots * events + tables.TILE.itemsize * tokens

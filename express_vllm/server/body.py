@@ -8,11 +8,13 @@ from contextlib import suppress
 from typing import Any
 
 from ..fields import PREFIX as XARGS
-from ..fields import BudgetError, Fields, parse, shown_name
+from ..fields import BudgetError, Fields, needs_integer, parse, shown_name
+from .table import Route
 
 OBJECT = "express"
 PREFIX = "express."
 BEAM_SEARCH = "use_beam_search"
+PINNED = XARGS + "pinned_tokens"
 #: Where vLLM's bodies may have the other spelling; the second is that of /inference/v1/generate.
 XARGS_PLACES = (("vllm_xargs",), ("sampling_params", "extra_args"))
 
@@ -80,6 +82,13 @@ def budget(body: object, model: type[Fields]) -> tuple[str, dict[str, Any]]:
     for _, prefix, raw in places:
         return prefix, parse(raw, model, prefix).xargs()
     return XARGS, {}
+
+
+def refuse_system(route: Route, prefix: str, fields: Mapping[str, Any]) -> None:
+    """Raise BudgetError if the budget, spelled with `prefix`, pins `system` where that is not
+    counted."""
+    if fields.get(PINNED) == "system" and not (route.system and prefix == PREFIX):
+        raise needs_integer(prefix)
 
 
 def refuse_beam_search(body: object) -> None:

@@ -74,6 +74,7 @@ class Plan(BaseModel):
     mode: str
     memory_tokens: int
     compute_tokens: int
+    pinned_tokens: int
     peak_kv_tokens: int
     exact_kv_tokens: int
     compression_ratio: float

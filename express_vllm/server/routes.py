@@ -87,7 +87,7 @@ async def _answer(service: Service, route: Route, request: Request, handler: Han
                 raise BudgetError(place, fields, reason, "route")
         if route.express:
             return await handler(request)
-        call = service.call(route.path, body, await request.body())
+        call = service.call(route, body, await request.body())
     except BudgetError as error:
         raise refused(error) from error
     return await service.answer(call, functools.partial(handler, request))

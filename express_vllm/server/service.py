@@ -14,12 +14,14 @@ from ..edge import current
 from ..fields import BudgetError, Fields
 from ..settings import Settings
 from .answer import with_usage
-from .body import OBJECT, PREFIX, budget, check_duplicates, refuse_beam_search
+from .body import OBJECT, PREFIX, budget, check_duplicates, refuse_beam_search, refuse_system
 from .errors import refused
+from .front import follow
 from .metrics import attach_metrics, read_gauges
 from .plan import Capacity, Plan, describe_server, plan
 from .settle import settled
 from .stored import Responses
+from .table import Route
 from .watch import RECENT, Call, watch
 
 #: The most that a length may say; what the model allows is checked with the budget.
@@ -51,6 +53,8 @@ class Service:
         )  # fmt: skip
         self.recent: deque[Call] = deque(maxlen=RECENT)
         watch(state.engine_client)
+        if (online := getattr(state, "online_renderer", None)) is not None:
+            follow(online.renderer)
         serving = getattr(state, "openai_serving_responses", None)
         self.responses = None if serving is None else Responses(serving)
         attach_metrics(state.engine_client, config)
@@ -64,13 +68,14 @@ class Service:
         limit = self.vllm_config.scheduler_config.max_num_seqs * engines
         return Capacity(blocks, cache.block_size, limit)
 
-    def call(self, route: str, body: Any, text: bytes) -> Call:
+    def call(self, route: Route, body: Any, text: bytes) -> Call:
         """A request of the route with this body.  Raises BudgetError."""
         refuse_beam_search(body)
         if isinstance(body, dict) and OBJECT in body:
             check_duplicates(text)
         prefix, fields = budget(body, self.fields)
-        return Call(route, self.settings.size, prefix, fields, self.recent)
+        refuse_system(route, prefix, fields)
+        return Call(route.path, self.settings.size, prefix, fields, self.recent)
 
     async def answer(self, call: Call, handle: Callable[[], Awaitable[Response]]) -> Response:
         """What `handle` answers, with usage; a refusal is raised, whatever it makes of that."""

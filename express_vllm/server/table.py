@@ -10,15 +10,21 @@ from dataclasses import dataclass
 
 _RENDERS = "it runs nothing; name the budget where the tokens are generated"
 _SPEECH = "not tried with speech models"
+_DIFFUSION = "its requests are vLLM's own, for diffusion models"
+_COHERE = "not tried with Cohere's API"
 
 
 @dataclass(frozen=True)
 class Route:
-    """Why a route refuses an `express` object, or budgets in `vllm_xargs`; empty: honoured."""
+    """Why a route refuses an `express` object, or budgets in `vllm_xargs`; empty: honoured.
+
+    `system`: its prompt is one conversation, of which the object may pin the system messages.
+    """
 
     path: str
     express: str = ""
     xargs: str = ""
+    system: bool = False
 
     def refuses(self, spelling: str) -> str:
         """Why it refuses this spelling of a budget, or ""."""
@@ -29,9 +35,9 @@ ROUTES = {
     route.path: route
     for route in (
         Route("/v1/completions"),
-        Route("/v1/chat/completions"),
-        Route("/v1/responses"),
-        Route("/v1/messages"),
+        Route("/v1/chat/completions", system=True),
+        Route("/v1/responses", system=True),
+        Route("/v1/messages", system=True),
         Route("/v1/chat/completions/batch"),
         Route("/invocations"),
         Route("/generative_scoring"),
@@ -40,11 +46,11 @@ ROUTES = {
         Route("/v1/chat/completions/render", _RENDERS),
         Route("/v1/responses/render", _RENDERS),
         Route("/v1/messages/render", _RENDERS),
-        Route("/v1/systemone", *["its requests are vLLM's own, for diffusion models"] * 2),
+        Route("/v1/systemone", _DIFFUSION, _DIFFUSION),
         Route("/v1/audio/transcriptions", _SPEECH, _SPEECH),
         Route("/v1/audio/translations", _SPEECH, _SPEECH),
-        Route("/cohere/v2/chat", *["not tried with Cohere's API"] * 2),
-        Route("/cohere/v2/chat/render", *["not tried with Cohere's API"] * 2),
+        Route("/cohere/v2/chat", _COHERE, _COHERE),
+        Route("/cohere/v2/chat/render", _COHERE, _COHERE),
     )
 }
 #: Routes of vLLM's that take a body and generate nothing; a budget means nothing there.

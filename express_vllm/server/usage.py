@@ -41,6 +41,9 @@ class Usage(BaseModel):
 
     mode: str
     memory_tokens: int = Field(description="the budget of each sequence, as it was granted")
+    pinned_tokens: int = Field(
+        description="the first tokens of each sequence that nothing thins; all, where all are kept"
+    )
     peak_kv_tokens: int = Field(description="the most memory that was reserved")
     exact_kv_tokens: int = Field(description="the memory that exact attention would have taken")
     compactions: int
@@ -55,6 +58,7 @@ def usage(sequences: list[Sequence], size: KVSize) -> dict[str, Any]:
     return Usage(
         mode=sequences[0].budget.mode,
         memory_tokens=max(s.budget.memory_tokens for s in sequences),
+        pinned_tokens=min(s.budget.pinned(s.stored) for s in sequences),
         peak_kv_tokens=peak,
         exact_kv_tokens=exact,
         compactions=sum(s.compactions for s in sequences),

@@ -19,8 +19,10 @@ from typing import Any
 
 from ..budget import Budget
 from ..edge import current
-from ..fields import PREFIX
+from ..fields import PREFIX, BudgetError
 from ..kvsize import KVSize
+from .body import PINNED
+from .errors import refused
 from .usage import Sequence, usage
 
 #: How many calls the page shows.
@@ -51,7 +53,13 @@ class Call:
     #: What was raised before the engine had the requests, the first time, and for which of them.
     error: Exception | None = None
     refused: list[str] = field(default_factory=list)
+    #: Why the front of its prompt cannot be pinned, as `"pinned_tokens": "system"` asks.
+    no_front: BudgetError | None = None
     _waiting: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        #: Whether the system messages are to be pinned; their tokens are counted later (front.py).
+        self.pins_front = self.fields.get(PINNED) == "system"
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -128,6 +136,8 @@ async def _followed(
 ) -> AsyncGenerator[Any, None]:
     """The same output, counted."""
     try:
+        if call.no_front is not None:
+            raise refused(call.no_front)
         async for result in output:
             if sequences := call.requests.get(request_id):
                 for part in result.outputs:

@@ -70,6 +70,7 @@ fields = st.fixed_dictionaries(
         "seed": st.integers(-1, 2**63),
         "mode": st.sampled_from(["express", "exact", "fast"]),
         "profile": st.sampled_from(["recent", "even"]),
+        "pinned_tokens": st.one_of(st.integers(-1, 2200), st.sampled_from(["system", True])),
         "granted": st.just([1]),
     },
 )
@@ -172,9 +173,10 @@ STRANGE = {
     "no budget": {},
     "an old client's": {"express_memory_tokens": 300},
     "not a list": {edge.GRANTED: "express"},
-    "another server's": {edge.GRANTED: ["express", 99999, 99999, 0, "recent", 99999, True, 0]},
-    "too small": {edge.GRANTED: ["exact", 512, 512, 0, "recent", 8, False, 0]},
-    "wrong types": {edge.GRANTED: ["express", None, [], {}, 7, "512", True, 0]},
+    "another server's": {edge.GRANTED: ["express", 99999, 99999, 0, "recent", 99999, True, 0, 4]},
+    "too small": {edge.GRANTED: ["exact", 512, 512, 0, "recent", 8, False, 0, 0]},
+    "wrong types": {edge.GRANTED: ["express", None, [], {}, 7, "512", True, 0, 4]},
+    "off the grid": {edge.GRANTED: ["express", 512, 512, 0, "recent", 512, True, 0, 100]},
 }
 
 

@@ -43,6 +43,7 @@ def workload(tokens, prompts, model):
         return model.size().tokens(slots)
 
     seeded = request(tokens[500:1400], 32, memory_tokens=memory(512), seed=11)
+    pinned = request(tokens[500:1400], 32, memory_tokens=memory(512), pinned_tokens=300)
     others = [
         request(
             tokens[i * 300 : i * 300 + 100 + 60 * i], 24 + i, memory_tokens=memory(192 + 32 * i)
@@ -62,7 +63,8 @@ def workload(tokens, prompts, model):
         "short_fits": [request(p, 24, memory_tokens=memory(512)) for p in prompts],
         "short_exact": [request(p, 24, mode="exact") for p in prompts],
         "seeded": seeded,
-        "mixed": [seeded, *others],
+        "mixed": [seeded, *others, pinned],
+        "pinned": pinned,
         # The last one has no seed of its own.
         "sampled": [
             {**r, "temperature": 1.0} | seed for r, seed in zip(sampled, SEEDS, strict=True)
@@ -87,7 +89,9 @@ def express(tmp_path_factory, workload, model):
         "alone": ("generate", {"requests": [w["seeded"]]}),
         "again": ("generate", {"requests": [w["seeded"]]}),
         "batch": ("generate", {"requests": w["mixed"]}),
+        "pinned": ("generate", {"requests": [w["pinned"]]}),
         "chunks": ("generate", {"requests": [w["seeded"]], "max_batched_tokens": 256}),
+        "pinned_chunks": ("generate", {"requests": [w["pinned"]], "max_batched_tokens": 256}),
         "sampled": ("generate", {"requests": w["sampled"], "max_batched_tokens": 2048}),
         "sampled_chunks": ("generate", {"requests": w["sampled"], "max_batched_tokens": 256}),
         # 400-token prompts in chunks of 256: step 1 is mid-prefill, the others mid-decode.
@@ -111,6 +115,7 @@ def own(tmp_path_factory, workload, model):
         "short": ("generate", {"requests": workload["short"]}),
         "alone": ("generate", {"requests": plain([workload["seeded"]])}),
         "batch": ("generate", {"requests": plain(workload["mixed"])}),
+        "pinned": ("generate", {"requests": plain([workload["pinned"]])}),
         "chunks": (
             "generate",
             {"requests": plain([workload["seeded"]]), "max_batched_tokens": 256},
@@ -130,7 +135,8 @@ def own(tmp_path_factory, workload, model):
 
 
 def test_a_request_holds_at_most_its_budget(express):
-    assert express["alone"]["peak_blocks"] == math.ceil(512 / BLOCK)
+    for job in ("alone", "pinned"):
+        assert express[job]["peak_blocks"] == math.ceil(512 / BLOCK)
     assert express["preempted"]["peak_blocks"] == math.ceil(192 / BLOCK)
 
 
@@ -182,6 +188,14 @@ def test_batch_and_chunk_do_not_change_a_request(express, own, change):
     assert ours or not theirs
 
 
+def test_batch_and_chunk_do_not_change_a_request_that_pins_tokens(express, own):
+    alone = express["pinned"]["tokens"][0]
+    theirs = own["pinned"]["tokens"][0] == own["batch"]["tokens"][-1]
+    assert alone == express["batch"]["tokens"][-1] or not theirs
+    assert alone == express["pinned_chunks"]["tokens"][0] or not theirs
+    assert alone != express["alone"]["tokens"][0], "the pin changes what is kept"
+
+
 def test_a_seed_samples_the_same_tokens_whatever_the_chunks(express):
     """On CPUs vLLM's own way ends the engine: «CPU Generator does not use offset»."""
     whole, chunks = express["sampled"]["tokens"], express["sampled_chunks"]["tokens"]
@@ -198,7 +212,7 @@ def test_preemption_does_not_change_a_request(express, own):
 
 
 def test_no_request_leaks_a_block(express):
-    for name in ("fits", "alone", "batch", "chunks", "preempted"):
+    for name in ("fits", "alone", "batch", "pinned", "chunks", "preempted"):
         assert express[name]["leaked"] == 0
         assert express[name]["budgets_left"] == 0
 

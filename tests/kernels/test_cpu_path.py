@@ -20,6 +20,8 @@ from express_vllm.reference.cache import ExpressCache
         (120, torch.bfloat16, {}),
         (128, torch.float16, {}),
         (256, torch.float32, {"schedule": "paper"}),
+        (64, torch.float32, {"pinned": 60}),
+        (64, torch.float32, {"schedule": "paper", "pinned": 60}),
     ],
 )
 def test_equals_the_oracle(head_size, dtype, options):
@@ -27,8 +29,9 @@ def test_equals_the_oracle(head_size, dtype, options):
     batch = make_batch(total, head_size, 0, dtype)
     runner = Runner(head_size, dtype, 16)
     sequence = runner.start(batch, memory_tokens=192)
+    options = dict(options)
     sequence.budget = resolve(
-        {"express_memory_tokens": 192},
+        {"express_memory_tokens": 192, "express_pinned_tokens": options.pop("pinned", None)},
         ServerConfig(seed=9, **options),
         prompt_tokens=total,
         max_tokens=0,
@@ -78,13 +81,31 @@ def test_cache_is_bit_identical_for_any_chunking(dtype, memory):
     assert all(torch.equal(states[0], other) for other in states[1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pinned_slots_are_the_first_tokens_bit_for_bit(dtype):
+    """After many events, whatever the chunks; what is stored of an exact request says so."""
+    total, batch = 3000, make_batch(3000, 64, 11, dtype)
+    exact = Runner(64, dtype, 32, pages=128)
+    whole = exact.start([x[:240] for x in batch], mode="exact")
+    drive(exact, whole, chunks(240, 100))
+    for steps in ([*chunks(2900, 333), *[1] * 100], chunks(total, 512)):
+        runner = Runner(64, dtype, 32)
+        sequence = runner.start(batch, memory_tokens=512, pinned_tokens=230)
+        assert drive(runner, sequence, steps).isfinite().all()
+        assert sequence.budget.compactions(total) > 60
+        pinned = sequence.budget.pinned(total)
+        assert pinned == 240
+        assert torch.equal(runner.slots(sequence)[:, :pinned], exact.slots(whole))
+
+
 def test_mixed_batches_do_not_change_a_sequence():
-    batches = [make_batch(600, 64, seed) for seed in range(4)]
+    batches = [make_batch(600, 64, seed) for seed in range(5)]
     fields = [
         {"memory_tokens": 192},
         {"mode": "exact"},
         {"memory_tokens": 256, "seed": 3},
         {"memory_tokens": 512, "profile": "even"},
+        {"memory_tokens": 512, "pinned_tokens": 200},
     ]
     alone = []
     for batch, asked in zip(batches, fields, strict=True):
@@ -92,7 +113,7 @@ def test_mixed_batches_do_not_change_a_sequence():
         sequence = runner.start(batch, **asked)
         outputs = drive(runner, sequence, [*chunks(400, 80), *[1] * 200])
         alone.append((runner.slots(sequence).clone(), outputs))
-    runner = Runner(64, torch.float32, 16, pages=128)
+    runner = Runner(64, torch.float32, 16, pages=192)
     sequences = [runner.start(b, **f) for b, f in zip(batches, fields, strict=True)]
     mixed = [[] for _ in sequences]
     turn = 0

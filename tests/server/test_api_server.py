@@ -70,7 +70,8 @@ def test_completions_report_what_the_cache_held(server, client, size, long_promp
     found = used(answer.usage)
     peak = size.tokens(size.slots(512))
     assert found == {
-        "mode": "express", "memory_tokens": 512, "peak_kv_tokens": peak, "exact_kv_tokens": 1599,
+        "mode": "express", "memory_tokens": 512, "pinned_tokens": 4,
+        "peak_kv_tokens": peak, "exact_kv_tokens": 1599,
         "compactions": found["compactions"], "compression_ratio": round(1599 / peak, 4),
         "sequences": 1,
     }  # fmt: skip
@@ -129,6 +130,110 @@ def test_responses_report_too(client):
     assert events[-1].type == "response.completed"
     assert used(last.usage) == used(whole.usage)
     assert used(whole.usage)["exact_kv_tokens"] == whole.usage.total_tokens - 1
+
+
+def system(words):
+    return {"role": "system", "content": " ".join(["Answer in one word."] * words)}
+
+
+def ids(server, messages, **more):
+    """The tokens of a conversation, as the server makes them."""
+    body = {"model": "small", "messages": messages, **more}
+    return server.client.post("/tokenize", json=body).json()["tokens"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_system_message_is_pinned(server, client, stream):
+    """What it takes, on the grid; the rest of the conversation is thinned."""
+    messages = [system(20), {"role": "user", "content": "Count. " + "one two " * 400}]
+    front = len(ids(server, messages[:1], add_generation_prompt=False))
+    assert ids(server, messages)[:front] == ids(
+        server, messages[:1], add_generation_prompt=False
+    )  # fmt: skip
+    asked = {"memory_tokens": 512, "pinned_tokens": "system"}
+    answer = client.chat.completions.create(
+        model="small", messages=messages, max_tokens=4, stream=stream,
+        extra_body={"express": asked},
+        **({"stream_options": {"include_usage": True}} if stream else {}),
+    )  # fmt: skip
+    found = used((list(answer)[-1] if stream else answer).usage)
+    assert found["pinned_tokens"] == -(-front // 16) * 16 > 100
+    assert found["compactions"] > 0
+    counted = client.chat.completions.create(
+        model="small", messages=messages, max_tokens=4,
+        extra_body={"express": asked | {"pinned_tokens": front}},
+    )  # fmt: skip
+    assert used(counted.usage) == found
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": [{"role": "developer", "content": "Be kind."}, *CHAT]}),
+        ("responses", {"instructions": "Be kind.", "input": "What is 2+2?"}),
+        ("messages", {"system": "Be kind.", "messages": CHAT}),
+    ],
+)  # fmt: skip
+def test_every_chat_route_may_pin_its_system_message(server, path, body):
+    """Short ones, of which all is kept."""
+    limit = "max_output_tokens" if path == "responses" else "max_tokens"
+    sent = {"model": "small", limit: 2, "express": {"pinned_tokens": "system"}, **body}
+    answer = server.client.post(f"/v1/{path}", json=sent)
+    assert answer.status_code == 200, answer.text
+    found = answer.json()["usage"]["express"]
+    assert found["pinned_tokens"] == found["exact_kv_tokens"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": CHAT, "max_tokens": 2}),
+        ("responses", {"input": "Hello", "max_output_tokens": 2}),
+        ("messages", {"messages": CHAT, "max_tokens": 2, "thinking": {"type": "disabled"}}),
+    ],
+)
+def test_no_system_message_is_said(server, path, body, stream):
+    sent = {"model": "small", **body, "stream": stream, "express": {"pinned_tokens": "system"}}
+    answer = server.client.post(f"/v1/{path}", json=sent)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "express.pinned_tokens"
+    assert "does not begin with a system or developer message" in answer.text
+
+
+def test_the_word_system_is_for_chat_routes(server):
+    for body in (
+        {"express": {"pinned_tokens": "system"}},
+        {"vllm_xargs": {"express_pinned_tokens": "system"}},
+    ):
+        sent = {"model": "small", "prompt": "Hello", "max_tokens": 2, **body}
+        answer = server.client.post("/v1/completions", json=sent)
+        assert answer.status_code == 400 and "must be an integer here" in answer.text
+    answer = server.client.post(
+        "/v1/chat/completions",
+        json={"model": "small", "messages": [system(1), *CHAT], "max_tokens": 2,
+              "vllm_xargs": {"express_pinned_tokens": "system"}},
+    )  # fmt: skip
+    assert answer.status_code == 400
+    assert "express_pinned_tokens='system' is not allowed" in answer.text
+
+
+def test_a_pin_without_room_says_what_has_it(server, size):
+    long = {"prompt": [5] * 3000, "model": "small", "max_tokens": 4}
+    asked = {"memory_tokens": 512, "pinned_tokens": 1000}
+    answer = server.client.post("/v1/completions", json=long | {"express": asked})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "express.pinned_tokens"
+    least = int(error["message"].partition(" (param")[0].rpartition(" ")[2])
+    asked["memory_tokens"] = least
+    answer = server.client.post("/v1/completions", json=long | {"express": asked})
+    found = answer.json()["usage"]["express"]
+    assert found["memory_tokens"] == least and found["pinned_tokens"] == 1024
+    plan = {"prompt_tokens": 3000, "max_tokens": 4, "express": asked}
+    planned = server.client.post("/v1/express/plan", json=plan).json()
+    assert planned["pinned_tokens"] == 1024 and planned["peak_kv_tokens"] == found["peak_kv_tokens"]
+    fields = server.client.get("/v1/express/config").json()["fields"]
+    assert {"const": "system", "type": "string"} in fields["pinned_tokens"]["anyOf"]
 
 
 def test_several_sequences_are_added_up(client):

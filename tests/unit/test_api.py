@@ -64,6 +64,7 @@ def test_every_field_of_the_object_is_a_vllm_xarg_and_documented():
             "seed": st.integers(0, 2**63 - 1),
             "mode": st.just("express"),
             "profile": st.sampled_from(["recent", "even"]),
+            "pinned_tokens": st.just(3),
         },
     )
 )
@@ -87,7 +88,7 @@ def test_the_object_and_vllm_xargs_are_the_same_budget(fields):
         ({"seed": -1}, ["express.seed=-1", "0 to 9223372036854775807"]),
         ({"mode": "fast"}, ["express.mode='fast'", "express, exact"]),
         ({"mode": "exact"}, ["express.mode='exact'", "6100", "4096", "express.mode='express'"]),
-        ({"tokens": 1}, ["express.tokens=1", "did you mean express.memory_tokens?"]),
+        ({"memry_tokens": 1}, ["express.memry_tokens=1", "did you mean express.memory_tokens?"]),
         ({"memory": 512}, ["express.memory=512", "did you mean express.memory_tokens?"]),
         ({"memory": "12 parsec"}, ["express.memory='12 parsec'", "'10%'", "MiB"]),
         ({"memory": "-5%"}, ["express.memory='-5%'"]),

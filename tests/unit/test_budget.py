@@ -10,7 +10,7 @@ from budgets import settings as server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from express_vllm.budget import on_grid, unpack
+from express_vllm.budget import on_grid, pins, unpack
 from express_vllm.config import ServerConfig
 from express_vllm.fields import BudgetError
 from express_vllm.shape import RING_SLOTS
@@ -60,6 +60,13 @@ def test_a_sequence_that_fits_stays_exact():
         ({"profile": 3}, ["express_profile", "3", "recent, even"]),
         ({"memory": 512}, ["express_memory", "did you mean express_memory_tokens"]),
         ({"mode": "exact"}, ["express_mode", "6100", "4096", "max_tokens"]),
+        ({"pinned_tokens": -1}, ["express_pinned_tokens", "-1", "integer from 0 to 16777216"]),
+        ({"pinned_tokens": 16.0}, ["express_pinned_tokens", "16.0", "integer", "'system'"]),
+        ({"pinned_tokens": True}, ["express_pinned_tokens", "True", "integer"]),
+        ({"pinned_tokens": "16"}, ["express_pinned_tokens", "'16'", "integer", "'system'"]),
+        ({"pinned_tokens": "system"}, ["express_pinned_tokens", "integer here", "/v1/messages"]),
+        ({"pinned_tokens": 1000}, ["express_pinned_tokens", "1000", "memory_tokens", "1216"]),
+        ({"pinned_tokens": 5000}, ["express_pinned_tokens", "5000", "max_memory_tokens, 4096"]),
     ],
 )
 def test_bad_fields_name_field_value_and_range(fields, words):
@@ -92,6 +99,65 @@ def test_a_server_has_a_few_hundred_shapes_whatever_is_asked_for():
     assert 100 < len(shapes) < 400
 
 
+def test_a_pin_is_rounded_up_to_a_grid_and_no_less_than_the_servers_sinks():
+    for asked, granted in ((None, 4), (0, 4), (4, 4), (5, 16), (16, 16), (17, 32), (500, 512)):
+        assert ask(pinned_tokens=asked).shape.sinks == granted
+        assert ask(pinned_tokens=asked).pinned(6000) == granted
+    assert ask(ServerConfig(sinks=64), pinned_tokens=20).shape.sinks == 64
+    assert ask(pinned_tokens=4) == ask(), "what the server pins anyway changes nothing"
+
+
+@given(st.integers(5, 1 << 24))
+def test_a_pin_is_nearly_what_is_asked_for(tokens):
+    granted = pins(tokens, CONFIG)
+    assert tokens <= granted < tokens + max(16, tokens / 8)
+    assert pins(granted, CONFIG) == granted and on_grid(granted) == granted
+
+
+def test_a_server_has_a_few_hundred_pins():
+    assert 100 < len({pins(tokens, CONFIG) for tokens in range(131_072)}) < 200
+
+
+def test_a_pin_is_counted_in_the_budget_and_leaves_a_balanced_rest():
+    budget = ask(memory_tokens=1024, pinned_tokens=500)
+    shape, rest = budget.shape, 1024 - 512 + 4
+    assert budget.reserved(6000) == shape.slots == 1024 and shape.sinks == 512
+    assert (shape.window, shape.heavy, shape.interval) == (rest // 4, rest // 8, 64)
+
+
+def test_ordinary_and_wide_layers_pin_the_same_tokens():
+    config = ServerConfig(wide_layers=(18, 20, 23))
+    budget = ask(config, size=WIDE, memory_tokens=1024, pinned_tokens=300)
+    assert budget.wide.slots == 4 * budget.shape.slots
+    assert budget.wide.sinks == budget.shape.sinks == 304
+
+
+def test_of_a_short_prompt_all_is_pinned_and_no_more():
+    """The same number of tokens may be sent with prompts of any length."""
+    assert ask(prompt=100, max_tokens=4000, pinned_tokens=4000).shape.sinks == 112
+
+
+def test_a_request_that_keeps_every_token_pins_them():
+    for fields in ({"memory_tokens": 4096}, {"mode": "exact"}):
+        budget = ask(prompt=1000, pinned_tokens=3000, **fields)
+        assert budget.exact and budget.pinned(1050) == 1050
+
+
+@settings(deadline=None)
+@given(st.integers(300, 3000), st.sampled_from(["lazy", "paper"]), st.booleans())
+def test_the_memory_that_a_refused_pin_asks_for_is_the_least(pinned, schedule, wide):
+    config = ServerConfig(schedule=schedule, wide_layers=(18, 20, 23) if wide else ())
+    size = WIDE if wide else EQUAL
+    with pytest.raises(BudgetError) as error:
+        ask(config, size=size, memory_tokens=208, pinned_tokens=pinned)
+    assert error.value.value == pinned and error.value.field == "express_pinned_tokens"
+    least = int(str(error.value).rpartition(" ")[2])
+    budget = ask(config, size=size, memory_tokens=least, pinned_tokens=pinned)
+    assert budget.memory_tokens == least and budget.shape.sinks >= pinned
+    with pytest.raises(BudgetError, match=f"at least {least}"):
+        ask(config, size=size, memory_tokens=least - 1, pinned_tokens=pinned)
+
+
 def test_the_operators_minimum_is_granted_even_off_the_grid():
     config = ServerConfig(memory_tokens=2048, min_memory_tokens=205)
     assert ask(config, memory_tokens=206).memory_tokens == 205
@@ -99,12 +165,13 @@ def test_the_operators_minimum_is_granted_even_off_the_grid():
 
 @given(
     st.integers(167, 4096), st.integers(1, 8000), st.integers(1, 300), st.integers(0, 2**63 - 1),
-    st.sampled_from(["recent", "even"]),
+    st.sampled_from(["recent", "even"]), st.floats(0, 0.6),
 )  # fmt: skip
-def test_a_budget_survives_its_way_to_the_engine(memory, prompt, output, seed, profile):
+def test_a_budget_survives_its_way_to_the_engine(memory, prompt, output, seed, profile, pinned):
     config = ServerConfig(max_memory_tokens=4096, wide_layers=(1,))
     budget = ask(
-        config, prompt, output, WIDE, memory_tokens=memory, seed=seed, profile=profile
+        config, prompt, output, WIDE, memory_tokens=memory, seed=seed, profile=profile,
+        pinned_tokens=max(0, int((memory - 224) * pinned)),
     )  # fmt: skip
     here, length = server(config, size=WIDE), prompt + output
     sent = msgspec.msgpack.decode(msgspec.msgpack.encode(budget.packed))
@@ -119,17 +186,23 @@ def test_a_budget_survives_its_way_to_the_engine(memory, prompt, output, seed, p
         ({"mode": "express"}, 100),
         ([], 100),
         (["express", 512, 512, 0, "recent", 512], 6000),
-        (["express", 512, 512, 0, "nowhere", 512, True, 0], 6000),
-        (["express", 512, 512, 0, "recent", 100, True, 0], 6000),
-        (["express", 512, 512, 0, "recent", 512, True, 512], 6000),
-        (["express", 8000, 8000, 0, "recent", 8000, True, 0], 6000),
-        (["exact", 4096, 4096, 0, "recent", 99, False, 0], 100),
-        (["exact", 8192, 8192, 0, "recent", 5000, False, 0], 5000),
+        (["express", 512, 512, 0, "nowhere", 512, True, 0, 4], 6000),
+        (["express", 512, 512, 0, "recent", 100, True, 0, 4], 6000),
+        (["express", 512, 512, 0, "recent", 512, True, 512, 4], 6000),
+        (["express", 8000, 8000, 0, "recent", 8000, True, 0, 4], 6000),
+        (["exact", 4096, 4096, 0, "recent", 99, False, 0, 0], 100),
+        (["exact", 8192, 8192, 0, "recent", 5000, False, 0, 0], 5000),
+        (["exact", 4096, 4096, 0, "recent", 4000, False, 0, 4], 4000),
+        (["express", 512, 512, 0, "recent", 512.0, True, 0, 4], 6000),
+        *(
+            (["express", 512, 512, 0, "recent", 512, True, 0, pinned], 6000)
+            for pinned in (0, 5, 100, -16, 16.0, True, None, "16", 2**70, 400)
+        ),
     ],
 )
 def test_what_is_no_budget_of_this_server_is_told(packed, length):
     """A request that outgrows what its budget says would write into the blocks of others."""
-    with pytest.raises(ValueError, match=r"no budget|not one of|at least 128"):
+    with pytest.raises(ValueError, match=r"no budget|not one of|at least 128|leave 116"):
         unpack(packed, server(CONFIG), length)
 
 
@@ -137,7 +210,7 @@ def test_a_budget_of_another_division_among_layers_is_told():
     wide = server(ServerConfig(wide_layers=(1,)), size=WIDE)
     for slots in (0, 4 * 512 + 1):
         with pytest.raises(ValueError, match="no budget of this server"):
-            unpack(["express", 666, 666, 0, "recent", 512, True, slots], wide, 6000)
+            unpack(["express", 666, 666, 0, "recent", 512, True, slots, 4], wide, 6000)
 
 
 @settings(deadline=None)

@@ -1,5 +1,7 @@
 """Properties of the pure layout: budgets hold, weights add up, chunks do not matter."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from express_vllm.shape import (
     PROFILES,
     RING_ROWS,
     SCHEDULES,
+    least_interval,
     make_shape,
 )
 
@@ -25,6 +28,11 @@ shapes = st.builds(
     profile=st.sampled_from(sorted(PROFILES)),
     sinks=st.integers(0, 8),
 )
+#: Of 1,024 slots, and all but the least that must be left.
+shapes |= st.builds(
+    make_shape, st.just(1024), schedule=st.sampled_from(SCHEDULES),
+    profile=st.sampled_from(sorted(PROFILES)), pinned=st.integers(0, 896),
+)  # fmt: skip
 
 
 def plan(shape):
@@ -234,6 +242,22 @@ def test_paper_schedule_follows_the_published_phases():
     assert 4 * n_out < peak <= 6 * n_out
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("slots", [128, 512, 1024, 1025, 8192, 100_000])
+def test_pinned_tokens_leave_what_a_smaller_cache_has(schedule, slots):
+    most = slots - max(MIN_SLOTS, slots // 8)
+    without = make_shape(slots, schedule=schedule)
+    for pinned in (0, 4, 16, slots // 3, most, most + 4):
+        if not pinned - 4 <= most:
+            continue
+        shape = make_shape(slots, schedule=schedule, pinned=pinned)
+        rest = slots - max(pinned - 4, 0)
+        smaller = make_shape(rest, schedule=schedule)
+        assert shape == replace(smaller, slots=slots, sinks=max(4, pinned))
+        assert shape.interval >= least_interval(without), "what tables are reserved for"
+        assert shape == without or pinned > 4
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -244,6 +268,9 @@ def test_paper_schedule_follows_the_published_phases():
         {"interval": 8},
         {"group": 3},
         {"heavy": 500},
+        {"pinned": 389},
+        {"pinned": 128, "window": 256},
+        {"slots": 8192, "pinned": 7173},
     ],
 )
 def test_impossible_shapes_are_refused(bad):

@@ -196,17 +196,29 @@ def allocate(plan, side):
         make_work(plan, side.heads, 1, found)
 
 
+@pytest.mark.parametrize("pinned", [0, 4000, 7000])
+def test_tables_of_a_request_that_pins_tokens_are_reserved(pinned):
+    """Its smaller interval means more events for as many live slots."""
+    layout, tokens = layout_for(make_shape(8192, pinned=pinned)), 2048
+    chunk = Chunk(layout, layout.shape.first_event, layout.shape.first_event + tokens)
+    plan = StepPlan.make([chunk], 4, CPU)
+    reserved = scratch.table_bytes(8192, tokens, make_shape(8192))
+    assert sum(x.nbytes for x in plan.tables) <= reserved
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(128, 131_072), st.sampled_from(["lazy", "paper"]), st.integers(1, 2048),
-    st.sampled_from([(1, 64), (8, 128), (2, 256)]), st.integers(0, 5),
+    st.sampled_from([(1, 64), (8, 128), (2, 256)]), st.integers(0, 5), st.floats(0, 1),
 )  # fmt: skip
-def test_every_request_of_a_server_can_run(slots, schedule, less, heads, number):
+def test_every_request_of_a_server_can_run(slots, schedule, less, heads, number, pinned):
     """One token of any allowed budget, and its decode's event, fit in what is reserved."""
     side = scratch.Side(Model(heads[1], 4, 2, 16), heads[0], CPU)
     cap = make_shape(slots, schedule=schedule)
     limit = scratch.workspace_bytes(slots, 2048, cap, side)
-    layout = Layout(make_shape(max(128, slots - less), schedule=schedule))
+    slots = max(128, slots - less)
+    pinned = int((slots - max(128, slots // 8)) * pinned)
+    layout = Layout(make_shape(slots, schedule=schedule, pinned=pinned))
     at = layout.shape.first_event + number * layout.shape.interval
     token = Span.of(Chunk(layout, at, at + 1))
     assert scratch.chunk_bytes(token.extent, token.kind, side) <= limit

@@ -83,9 +83,10 @@ def test_any_chunking_gives_the_identical_cache(schedule, slots, data):
     assert torch.equal(outputs, torch.cat(pieces))
 
 
+@pytest.mark.parametrize("pinned", [0, 30])
 @pytest.mark.parametrize("schedule", ["lazy", "paper"])
-def test_slots_hold_what_the_layout_says(schedule):
-    layout = Layout(make_shape(160, schedule=schedule))
+def test_slots_hold_what_the_layout_says(schedule, pinned):
+    layout = Layout(make_shape(160, schedule=schedule, pinned=pinned))
     batch = tokens(1500)
     cache = ExpressCache(layout, HEAD)
     for start in range(0, 1500, 100):

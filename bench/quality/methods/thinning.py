@@ -29,6 +29,7 @@ class Express(Layered):
     schedule: str = ""
     profile: str = ""
     sinks: Size | None = None
+    pinned: Size | None = None
     heavy: Size | None = None
     window: Size | None = None
     interval: Size | None = None
@@ -37,8 +38,8 @@ class Express(Layered):
     kernel: str = ""
 
     def shape(self, slots: int) -> Shape:
-        names = ("schedule", "profile", "sinks", "heavy", "window", "interval", "group", "exponent")
-        given = {name: getattr(self, name) for name in names}
+        names = ("schedule", "profile", "sinks", "pinned", "heavy", "window", "interval", "group")
+        given = {name: getattr(self, name) for name in (*names, "exponent")}
         shape = make_shape(slots, **{k: v for k, v in given.items() if v not in (None, "")})
         return ForcedShape.of(shape, self.kernel) if self.kernel else shape
 
