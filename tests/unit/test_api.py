@@ -177,6 +177,13 @@ def test_usage_is_the_layouts(memory, prompt, output):
         assert used["compactions"] == 0 and used["compression_ratio"] == 1
 
 
+def test_compactions_of_cached_tokens_were_done_for_others():
+    budget = ask({"memory_tokens": 256})
+    cold, warm = Sequence(budget, 6000, 10), Sequence(budget, 6000, 10, cached=5000)
+    done = [usage([sequence], SIZE)["compactions"] for sequence in (cold, warm)]
+    assert done[0] - done[1] == budget.compactions(5000) > 0 < done[1]
+
+
 def test_several_sequences_add_up():
     budget = ask({"memory_tokens": 256})
     one, other = Sequence(budget, 6000, 10), Sequence(budget, 6000, 60)
@@ -414,7 +421,7 @@ class Engine:
         current.get().admitted(request_id, BUDGET, 6000, sampling_params.n)
         for _ in range(3):
             tokens = [SimpleNamespace(index=i, token_ids=[1]) for i in range(sampling_params.n)]
-            yield SimpleNamespace(outputs=tokens)
+            yield SimpleNamespace(outputs=tokens, num_cached_tokens=0)
 
 
 def params(n=1, **more):
