@@ -225,9 +225,9 @@ def test_the_heaviest_candidates_stay_and_ties_keep_the_first(heavy, incoming, s
         ({"schedule": "paper"}, 128, 64, 1, [64, 137, *[1] * 35]),
         ({}, 128, 120, 1, [113, 31, 1]),
         ({}, 128, 72, 2, [113, 31, 1]),
-        ({"pinned": 200}, 512, 64, 2, [400, 111, 150, *[1] * 9]),
-        ({"pinned": 370}, 512, 64, 1, [497, 70, *[1] * 9]),
-        ({"schedule": "paper", "pinned": 60}, 192, 64, 1, [150, 137, *[1] * 9]),
+        ({"pinned": 200}, 512, 64, 2, [400, 111, 143, *[1] * 9]),
+        ({"pinned": 370}, 512, 64, 1, [497, 60, *[1] * 9]),
+        ({"schedule": "paper", "pinned": 60}, 192, 64, 1, [150, 143, *[1] * 9]),
     ],
 )
 def test_a_request_equals_the_oracle(options, slots, size, group, counts):
