@@ -48,8 +48,8 @@ class ExpressManager(SingleTypeKVCacheManager):
         self._hits: dict[str, Hit] = {}
         #: Ids of the blocks that this step fills and vLLM takes for cached.
         self._filling: set[int] = set()
-        #: Whether the request that was last looked for will find more in the next step.
-        self.soon = False
+        #: The request that was last looked for, if it will find more in the next step.
+        self.soon = ""
 
     def new_step_starts(self) -> None:
         super().new_step_starts()
@@ -64,7 +64,7 @@ class ExpressManager(SingleTypeKVCacheManager):
     def find(self, request: Request) -> Hit | None:
         """The longest beginning of a request that is cached; it counts for the next allocation."""
         name, most = request.request_id, request.num_tokens - 1
-        budget, self.soon = self.budgets[name], False
+        budget, self.soon = self.budgets[name], ""
         if self.shared(name):
             return self._find_exact(request, budget, most)
         state = self.states.find(request, kind_of(budget), most)
@@ -107,7 +107,8 @@ class ExpressManager(SingleTypeKVCacheManager):
         )
         filling = (i for i, block in enumerate(blocks) if block.block_id in self._filling)
         count = next(filling, len(blocks))
-        self.soon = count < len(blocks)
+        if count < len(blocks):
+            self.soon = request.request_id
         return blocks[:count]
 
     @property

@@ -74,7 +74,7 @@ class Reuse:
     def waits(self, request: Request, found: int) -> bool:
         """Whether a request that was just looked for, and would start after `found` tokens, had
         better wait: another one computes what it needs, or this step has copied enough."""
-        if self._manager.soon or (found and self._manager.copies_full):
+        if self._manager.soon == request.request_id or (found and self._manager.copies_full):
             return True
         marks = self._marks.get(request.request_id)
         if marks is None or marks.wanted - found < LEAST_GAIN:

@@ -80,17 +80,24 @@ class _BudgetsMixin:
             by_client[client].add(name)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
-        manager = self.kv_cache_manager  # type: ignore[attr-defined]
-        if not (self.express_reuse and manager.prefix_cache_lookup_enabled(request)):
+        if not (self.express_reuse and self._looks_up(request)):
             return super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
         blocks, tokens = self.express_reuse.find(request)
+        manager = self.kv_cache_manager  # type: ignore[attr-defined]
         return manager.create_kv_cache_blocks((blocks,)), tokens, 0, False
 
     def _ec_transfer_pending(self, request: Request, num_computed_tokens: int) -> bool:
         """vLLM passes over a request for a step if this holds."""
-        pending = super()._ec_transfer_pending(request, num_computed_tokens)  # type: ignore[misc]
-        waits = self.express_reuse and self.express_reuse.waits(request, num_computed_tokens)
-        return bool(pending or waits)
+        if super()._ec_transfer_pending(request, num_computed_tokens):  # type: ignore[misc]
+            return True
+        if not (self.express_reuse and self._looks_up(request)):
+            return False
+        return self.express_reuse.waits(request, num_computed_tokens)
+
+    def _looks_up(self, request: Request) -> bool:
+        """Whether a request may start from what is cached: one that wants its prompt's
+        log-probabilities may not."""
+        return self.kv_cache_manager.prefix_cache_lookup_enabled(request)  # type: ignore[attr-defined]
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int

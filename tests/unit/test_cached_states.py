@@ -76,7 +76,7 @@ class World:
         self.contents, self.tables, self.tokens, self.salts = {}, {}, {}, {}
         self.outputs, self.hits, self.names = [], 0, 0
 
-    def add(self, prompt, max_tokens, extra, salt=None):
+    def add(self, prompt, max_tokens, extra, salt=None, cold=False):
         budget = resolve(
             extra, self.settings, prompt_tokens=len(prompt), max_tokens=max_tokens
         )  # fmt: skip
@@ -88,6 +88,7 @@ class World:
         request = Request(
             name, list(prompt), params, None, block_hasher=self.hasher, cache_salt=salt
         )
+        request.skip_reading_prefix_cache = cold  # as for log-probabilities of the prompt
         self.salts[name] = salt
         self.scheduler.add_request(request)
         return name
@@ -131,6 +132,7 @@ class World:
             if name in fresh:
                 self.tokens[name] = list(request.all_token_ids)
                 self.hits += start > 0
+                assert not (start and request.skip_reading_prefix_cache)
             else:
                 assert blocks[: len(self.tables[name])] == self.tables[name]  # only appended
             self.tables[name] = blocks
@@ -192,7 +194,13 @@ def play(config, kind, seed):
                 prompt = [*rng.choice(list(world.tokens.values())), *prompt[:20]]
             count = rng.randrange(1, 60)
             prompt = prompt[: 340 - count]
-            world.add(prompt, count, rng.choice(budgets), rng.choice((None, None, "b")))
+            world.add(
+                prompt,
+                count,
+                rng.choice(budgets),
+                rng.choice((None, None, "b")),
+                rng.random() < 0.1,
+            )
         elif action < 0.3 and world.scheduler.requests:
             name = rng.choice(list(world.scheduler.requests))
             world.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
