@@ -149,7 +149,8 @@ def resolve(
         shape, wide = _shapes(memory, compute, profile, pinned, settings)
     except ValueError as error:
         if pinned > config.sinks:
-            allowed = _room_for(pinned, profile, settings, prefix)
+            least = _least_for(pinned, length, profile, settings)
+            allowed = _room_for(pinned, least, settings, prefix)
             raise BudgetError(f"{prefix}pinned_tokens", asked.pinned_tokens, allowed) from error
         raise BudgetError(f"{prefix}memory_tokens", memory, str(error)) from error
     return Budget(mode, memory, compute, seed, profile, shape.slots, shape, wide)
@@ -179,6 +180,8 @@ def unpack(packed: object, settings: Settings, length: int) -> Budget:
     mode, memory, compute, seed, profile, slots, bounded, wide_slots, pinned = packed
     config = settings.config
     _check_numbers([memory, compute, seed, slots, wide_slots, pinned])
+    if type(bounded) is not bool:
+        raise ValueError(f"{bounded!r} in it is no budget of this server: it must be true or false")
     if pinned != (pins(pinned, config) if bounded else 0):
         raise ValueError(f"{pinned} pinned tokens are no budget of this server")
     shape, wide = EXACT_SHAPE, None
@@ -210,21 +213,28 @@ def _pinned(asked: Fields, prompt_tokens: int, config: ServerConfig, prefix: str
     return pins(min(wanted or 0, prompt_tokens), config)
 
 
-def _room_for(pinned: int, profile: str, settings: Settings, prefix: str) -> str:
-    """What a request that pins so many tokens may say instead."""
-    memory, most = settings.min_memory_tokens, settings.max_memory_tokens
-    while memory <= most:
+def _least_for(pinned: int, length: int, profile: str, settings: Settings) -> int:
+    """The least memory of a request that pins so many tokens: with it the caches have room, or all
+    of the request's greatest `length` fits."""
+    memory, fits = settings.min_memory_tokens, settings.size.tokens(length)
+    while memory < fits:
         try:
             _shapes(memory, memory, profile, pinned, settings)
         except ValueError:
             memory = on_grid(memory + _step(memory))
-            continue
-        return (
-            f"to pin {pinned} tokens (it is rounded up) {prefix}memory_tokens, and "
-            f"{prefix}compute_tokens if it is given, must be at least {memory}"
-        )
+        else:
+            return memory
+    return fits
+
+
+def _room_for(pinned: int, least: int, settings: Settings, prefix: str) -> str:
+    """What a request that pins so many tokens may say instead; it takes `least` memory."""
+    most = settings.max_memory_tokens
+    if least > most:
+        return f"{pinned} pinned tokens take {least} of memory, and the server's most is {most}"
     return (
-        f"pinning {pinned} tokens takes more than the server's max_memory_tokens, {most}; pin fewer"
+        f"to pin {pinned} tokens (it is rounded up) {prefix}memory_tokens, and "
+        f"{prefix}compute_tokens if it is given, must be at least {least}"
     )
 
 

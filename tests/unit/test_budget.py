@@ -66,7 +66,7 @@ def test_a_sequence_that_fits_stays_exact():
         ({"pinned_tokens": "16"}, ["express_pinned_tokens", "'16'", "integer", "'system'"]),
         ({"pinned_tokens": "system"}, ["express_pinned_tokens", "integer here", "/v1/messages"]),
         ({"pinned_tokens": 1000}, ["express_pinned_tokens", "1000", "memory_tokens", "1216"]),
-        ({"pinned_tokens": 5000}, ["express_pinned_tokens", "5000", "max_memory_tokens, 4096"]),
+        ({"pinned_tokens": 5000}, ["express_pinned_tokens", "5000", "take 5888", "most is 4096"]),
     ],
 )
 def test_bad_fields_name_field_value_and_range(fields, words):
@@ -158,6 +158,12 @@ def test_the_memory_that_a_refused_pin_asks_for_is_the_least(pinned, schedule, w
         ask(config, size=size, memory_tokens=least - 1, pinned_tokens=pinned)
 
 
+def test_a_short_request_needs_no_more_for_a_pin_than_what_keeps_all_of_it():
+    with pytest.raises(BudgetError, match=r"at least 620$"):
+        ask(prompt=600, max_tokens=20, memory_tokens=512, pinned_tokens=600)
+    assert ask(prompt=600, max_tokens=20, memory_tokens=620, pinned_tokens=600).exact
+
+
 def test_the_operators_minimum_is_granted_even_off_the_grid():
     config = ServerConfig(memory_tokens=2048, min_memory_tokens=205)
     assert ask(config, memory_tokens=206).memory_tokens == 205
@@ -194,6 +200,7 @@ def test_a_budget_survives_its_way_to_the_engine(memory, prompt, output, seed, p
         (["exact", 8192, 8192, 0, "recent", 5000, False, 0, 0], 5000),
         (["exact", 4096, 4096, 0, "recent", 4000, False, 0, 4], 4000),
         (["express", 512, 512, 0, "recent", 512.0, True, 0, 4], 6000),
+        (["express", 512, 512, 0, "recent", 512, 1, 0, 4], 6000),
         *(
             (["express", 512, 512, 0, "recent", 512, True, 0, pinned], 6000)
             for pinned in (0, 5, 100, -16, 16.0, True, None, "16", 2**70, 400)
