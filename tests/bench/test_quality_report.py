@@ -155,7 +155,8 @@ def test_a_stored_command_writes_the_file_that_it_is_stored_in():
 #: Command -> the files that it writes unless told otherwise.
 OWN = {
     "bench.kernels": ["kernels"], "bench.engine": ["engine"], "bench.cpu": ["cpu"],
-    "bench.host": ["host-gpu"], "bench.reuse": ["reuse"], "bench.quality": ["attention-error", "bounds"],
+    "bench.host": ["host-gpu"], "bench.reuse": ["reuse"],
+    "bench.quality": ["attention-error", "bounds"],
     "bench.quality.paper": ["prefill", "compress", "size", "time"],
 }  # fmt: skip
 
