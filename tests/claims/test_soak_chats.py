@@ -20,6 +20,8 @@ from test_soak import FLAT, GAUGES, family, gauges, resident, send, small_model 
 pytestmark = [pytest.mark.ops, pytest.mark.server]
 MINUTES = float(os.environ.get("EXPRESS_SOAK_MINUTES", "10"))
 USERS, TENANTS, TURNS = 24, 3, 6
+#: Twice what runs at once takes: the other half holds the states.
+BLOCKS = "640"
 BUDGETS = ({"memory_tokens": 512}, {"memory_tokens": 1024}, {"mode": "exact"})
 
 
@@ -73,7 +75,8 @@ def metric(server, name):
 
 
 def test_chats_hit_and_lose_nothing(small_model, tmp_path):  # noqa: F811
-    with serve(small_model, tmp_path / "log.txt", "--max-num-seqs", "16") as server:
+    more = ("--max-num-seqs", "16", "--num-gpu-blocks-override", BLOCKS)
+    with serve(small_model, tmp_path / "log.txt", *more) as server:
         pids = family(server.pid)
         counts, curve = asyncio.run(chats(server.url, pids))
         hits = metric(server, "vllm:prefix_cache_hits_total")
