@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,39 @@ CONFIG = {
 }
 
 
-def tokens(count: int, seed: int) -> list[int]:
+def tokens(count: int, seed: int, most: int = 100000) -> list[int]:
+    """Random ones, below `most`."""
     generator = random.Random(seed)
-    return [generator.randrange(1000, 100000) for _ in range(count)]
+    return [generator.randrange(1000, most) for _ in range(count)]
 
 
-class Engine:
-    """A vLLM engine driven step by step."""
+def write_config(folder: Path, shape: str) -> None:
+    """What vLLM needs of a model with random weights."""
+    (folder / "config.json").write_text(json.dumps(CONFIG | SHAPES[shape]))
+
+
+class Driver:
+    """A vLLM `LLM` that is driven step by step."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+        self.engine = llm.llm_engine
+        self.count = 0
+
+    def add(self, prompt: list[int], max_tokens: int) -> str:
+        from vllm import SamplingParams
+
+        self.count += 1
+        name = f"request-{self.count}"
+        params = SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
+        )
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        return name
+
+
+class Engine(Driver):
+    """What `bench.engine` measures."""
 
     def __init__(self, backend: str, folder: Path, options: argparse.Namespace) -> None:
         from vllm import LLM
@@ -89,7 +115,7 @@ class Engine:
                 "wide_layers": options.wide_layers,
             }  # fmt: skip
             arguments["additional_config"] = {"express": config}
-        self.llm = LLM(
+        llm = LLM(
             str(folder), attention_backend=backend, load_format="dummy", skip_tokenizer_init=True,
             max_model_len=max(*prompts(backend, options), PROMPT + max(options.outputs)) + 64,
             max_num_batched_tokens=options.batched_tokens,
@@ -97,23 +123,11 @@ class Engine:
             tensor_parallel_size=options.tensor_parallel_size, disable_log_stats=True,
             gpu_memory_utilization=options.gpu_memory_utilization, **arguments,
         )  # fmt: skip
-        self.engine = self.llm.llm_engine
-        self.count = 0
+        super().__init__(llm)
 
     def slots(self) -> int:
         cache = self.engine.vllm_config.cache_config
         return cache.num_gpu_blocks * cache.block_size
-
-    def add(self, prompt: list[int], max_tokens: int) -> str:
-        from vllm import SamplingParams
-
-        self.count += 1
-        name = f"request-{self.count}"
-        params = SamplingParams(
-            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
-        )
-        self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
-        return name
 
     @contextlib.contextmanager
     def profiled(self, name: str) -> Iterator[None]:
@@ -176,7 +190,7 @@ def fitting(engine: Engine, backend: str, output: int, options: argparse.Namespa
 def measure(backend: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(CONFIG | SHAPES[options.shape]))
+        write_config(folder, options.shape)
         begin = time.perf_counter()
         engine = Engine(backend, folder, options)
         row: dict[str, Any] = {
@@ -254,8 +268,8 @@ def measured_lengths(
     return [PROMPT, (PROMPT + last) // 2, last]
 
 
-def in_process(backend: str, module: str = "bench.engine") -> dict[str, Any]:
-    """Measure one backend in a fresh process group, which leaves the device empty."""
+def in_process(backend: str, module: str) -> dict[str, Any]:
+    """Run a benchmark for one backend in a fresh process group, which leaves the device empty."""
     with tempfile.NamedTemporaryFile("r") as file:
         command = [sys.executable, "-m", module, *sys.argv[1:], "--only", backend]
         process = subprocess.Popen([*command, "--output", file.name], start_new_session=True)
@@ -297,8 +311,15 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    options = arguments()
+def compare(
+    module: str,
+    backends: Sequence[str],
+    measure: Callable[[str, argparse.Namespace], dict[str, Any]],
+    options: argparse.Namespace,
+    devices: int = 1,
+) -> None:
+    """Measure each backend in a process of its own, which is the benchmark `module` with `--only`,
+    store the rows and print them."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.only:
@@ -307,12 +328,16 @@ def main() -> None:
         os._exit(0)  # the engine's teardown is not measured
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that engines are ended too
     rows: list[dict[str, Any]] = []
-    for backend in options.backends:
-        rows.append(in_process(backend))
-        hardware = record.hardware(options.tensor_parallel_size)
-        path = record.save(f"speed/{options.name}", rows, hardware=hardware)
+    for backend in backends:
+        rows.append(in_process(backend, module))
+        path = record.save(f"speed/{options.name}", rows, hardware=record.hardware(devices))
     print(record.table(transposed(rows)))
     print(f"stored in {path}")
+
+
+def main() -> None:
+    options = arguments()
+    compare("bench.engine", options.backends, measure, options, options.tensor_parallel_size)
 
 
 def transposed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
-import signal
 import statistics
 import sys
 import tempfile
@@ -25,8 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import record
-from bench.engine import CONFIG, SHAPES, in_process, transposed
+from bench import engine
+from bench.engine import SHAPES
 
 RUNS = ("own", "express", "express, off")
 TURNS, TURN_NEW, ANSWER, QUESTION = 8, 1000, 500, 100
@@ -34,11 +32,10 @@ TURNS, TURN_NEW, ANSWER, QUESTION = 8, 1000, 500, 100
 
 def tokens(count: int, seed: int) -> list[int]:
     """That every model here has."""
-    generator = random.Random(seed)
-    return [generator.randrange(1000, 40000) for _ in range(count)]
+    return engine.tokens(count, seed, most=40000)
 
 
-class Engine:
+class Engine(engine.Driver):
     """A vLLM engine in this process, driven step by step, whose block pool can be read."""
 
     def __init__(self, run: str, model: str, options: argparse.Namespace) -> None:
@@ -56,26 +53,15 @@ class Engine:
             arguments |= {"kv_cache_memory_bytes": 2 << 30, "enforce_eager": True}
         if options.model in SHAPES:
             arguments["load_format"] = "dummy"
-        self.llm = LLM(
+        llm = LLM(
             model, attention_backend=own if run == "own" else "express", dtype=options.dtype,
             skip_tokenizer_init=True, max_model_len=options.max_model_len, disable_log_stats=True,
             enable_prefix_caching=run != "express, off", max_num_seqs=max(options.readers, 8),
             max_num_batched_tokens=options.batched_tokens, **arguments,
         )  # fmt: skip
-        self.engine = self.llm.llm_engine
-        self.scheduler = self.engine.engine_core.engine_core.scheduler
-        self.manager = self.scheduler.kv_cache_manager
-        self.count = 0
+        super().__init__(llm)
+        self.manager = self.engine.engine_core.engine_core.scheduler.kv_cache_manager
         self.most_used = 0.0
-
-    def add(self, prompt: list[int], max_tokens: int) -> None:
-        from vllm import SamplingParams
-
-        self.count += 1
-        params = SamplingParams(
-            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
-        )
-        self.engine.add_request(str(self.count), {"prompt_token_ids": prompt}, params)
 
     def ask(self, prompt: list[int], max_tokens: int) -> tuple[float, list[int]]:
         """One request -> seconds to its first token, its answer."""
@@ -98,14 +84,14 @@ class Engine:
         return sum(tensor.size for tensor in config.kv_cache_tensors)
 
 
-def turn(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
+def turn(driver: Engine, options: argparse.Namespace) -> dict[str, Any]:
     """Of histories that end in an answer; the first is a warm-up."""
     firsts, seconds = [], []
     for i in range(options.repeats + 1):
         prompt = tokens(options.shared - ANSWER // 5, 100 + i)
-        first, answer = engine.ask(prompt, ANSWER // 5)
+        first, answer = driver.ask(prompt, ANSWER // 5)
         history = prompt + answer
-        second, _ = engine.ask(history + tokens(options.new, 200 + i), 2)
+        second, _ = driver.ask(history + tokens(options.new, 200 + i), 2)
         firsts, seconds = [*firsts, first], [*seconds, second]
     return {
         "turn: first turn, s": round(statistics.median(firsts[1:]), 4),
@@ -113,34 +99,34 @@ def turn(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def chat(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
+def chat(driver: Engine, options: argparse.Namespace) -> dict[str, Any]:
     history: list[int] = []
     times = []
     for i in range(TURNS):
         history = history + tokens(TURN_NEW, 300 + i)
-        first, answer = engine.ask(history, ANSWER)
+        first, answer = driver.ask(history, ANSWER)
         times.append(first)
         history = history + answer
     return {"chat: first tokens, sum, s": round(sum(times), 4)}
 
 
-def document(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
+def document(driver: Engine, options: argparse.Namespace) -> dict[str, Any]:
     text = tokens(options.document, 400)
-    engine.most_used = 0.0
+    driver.most_used = 0.0
     start = time.perf_counter()
     for i in range(options.readers):
-        engine.add(text + tokens(QUESTION, 500 + i), ANSWER)
-    engine.all()
+        driver.add(text + tokens(QUESTION, 500 + i), ANSWER)
+    driver.all()
     seconds = time.perf_counter() - start
     return {
         "document: tokens/s": round(options.readers * ANSWER / seconds, 1),
         "document: s": round(seconds, 2),
-        "document: KV held, MB": round(engine.most_used * engine.pool_bytes() / 1e6),
+        "document: KV held, MB": round(driver.most_used * driver.pool_bytes() / 1e6),
     }
 
 
-def cold(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
-    times = [engine.ask(tokens(options.shared, 600 + i), 1)[0] for i in range(options.repeats + 1)]
+def cold(driver: Engine, options: argparse.Namespace) -> dict[str, Any]:
+    times = [driver.ask(tokens(options.shared, 600 + i), 1)[0] for i in range(options.repeats + 1)]
     return {"cold: first token, s": round(statistics.median(times[1:]), 4)}
 
 
@@ -150,12 +136,12 @@ SCENARIOS = {"turn": turn, "chat": chat, "document": document, "cold": cold}
 def measure(run: str, options: argparse.Namespace) -> dict[str, Any]:
     row: dict[str, Any] = {"backend": run}
     with tempfile.TemporaryDirectory() as name:
-        engine = Engine(run, _model(Path(name), options), options)
-        engine.ask(tokens(options.new, 1), 8)  # what is compiled late
+        driver = Engine(run, _model(Path(name), options), options)
+        driver.ask(tokens(options.new, 1), 8)  # what is compiled late
         for scenario in options.scenarios:
             if run == "express, off" and scenario != "cold":
                 continue
-            row |= SCENARIOS[scenario](engine, options)
+            row |= SCENARIOS[scenario](driver, options)
             print(json.dumps(row), file=sys.stderr, flush=True)
     return row
 
@@ -165,7 +151,7 @@ def _model(folder: Path, options: argparse.Namespace) -> str:
         from express_vllm import smallmodel
 
         return str(smallmodel.ensure())
-    (folder / "config.json").write_text(json.dumps(CONFIG | SHAPES[options.model]))
+    engine.write_config(folder, options.model)
     return str(folder)
 
 
@@ -191,20 +177,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if options.only:
-        Path(options.output).write_text(json.dumps(measure(options.only, options)))
-        sys.stdout.flush()
-        os._exit(0)  # the engine's teardown is not measured
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that engines are ended too
-    rows = []
-    for run in options.runs:
-        rows.append(in_process(run, "bench.reuse"))
-        path = record.save(f"speed/{options.name}", rows, hardware=record.hardware(1))
-    print(record.table(transposed(rows)))
-    print(f"stored in {path}")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the block pool is in this process
+    engine.compare("bench.reuse", options.runs, measure, options)
 
 
 if __name__ == "__main__":

@@ -130,22 +130,21 @@ class ExpressManager(SingleTypeKVCacheManager):
                 num_external_computed_tokens,
             )  # fmt: skip
             return
-        self.block_pool.touch(hit.source)
         mine = hit.source
         if hit.taken:
             self.states.drop(hit.taken)
         else:
             mine = self._copies_of(hit.source)
+        self.block_pool.touch(mine)
         self.req_to_blocks[request_id].extend(mine)
         self.num_cached_block[request_id] = 0
 
     def _copies_of(self, source: Sequence[KVCacheBlock]) -> list[KVCacheBlock]:
-        """New blocks that the step's workers fill from `source`, which must be held until then;
-        vLLM lets go of both ends once that has been handed to them."""
+        """New blocks that the step's workers fill from `source`.  Both ends are held until that
+        has been handed to them; then vLLM lets go of them."""
+        self.block_pool.touch(source)
         copies = self.block_pool.get_new_blocks(len(source))
-        for block, copy in zip(source, copies, strict=True):
-            copy.ref_cnt += 1
-            self._pending_cow_copies.append((block, copy))
+        self._pending_cow_copies.extend(zip(source, copies, strict=True))
         return copies
 
     # What a request leaves behind
@@ -169,11 +168,7 @@ class ExpressManager(SingleTypeKVCacheManager):
         if self.block_pool.get_num_free_blocks() < 2 * count + spare or self.copies_full:
             return
         blocks = self.req_to_blocks[request.request_id][:count]
-        for block in blocks:
-            block.ref_cnt += 1
         copies = self._copies_of(blocks)
-        for copy in copies:
-            copy.ref_cnt -= 1  # nobody's but the copy's
         self.states.keep(request, kind_of(budget), tokens, copies, origin=blocks)
 
     # Blocks of the layout

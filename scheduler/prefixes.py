@@ -78,6 +78,3 @@ class Prefixes:
             self._seen[value] = entry
         while len(self._seen) > MOST_HASHES:
             del self._seen[next(iter(self._seen))]
-
-    def clear(self) -> None:
-        self._seen.clear()
