@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' Makefile
 	@echo
-	@echo '  serve:  MODEL=/folder/or/hub-id PORT=8000 BACKEND=express ARGS="more vllm arguments"'
+	@echo '  serve:  MODEL=/folder, hub-id or gemma-3-270m PORT=8000 BACKEND=express ARGS="more vllm arguments"'
 	@echo '  test:   TESTS="tests/unit/test_x.py -k name" for some of them'
 	@echo '  setup:  PYTHON=python3.12, EXPRESS_DEVICE=cpu or cuda'
 
@@ -32,7 +32,7 @@ serve: setup  ## serve a model (by default the small one) on port 8000
 	@deploy/serve.sh
 
 test: model  ## run the tests
-	.venv/bin/python -m pytest $(TESTS)
+	.venv/bin/python -m pytest -n 2 --dist loadgroup $(TESTS)
 
 test-ops: model  ## run the tests that need Debian's chromium and prometheus, or minutes
 	@$(PYTHON) deploy/setup.py lint-deploy

@@ -68,7 +68,11 @@ def random_trees(rng, count, tokens, choices):
     return nodes, batches
 
 
-@pytest.fixture(scope="module", params=["equal layers", "wide layers"])
+#: Wide layers by default in test_cached_states.py alone: an engine takes half a minute.
+LAYERS = ["equal layers", pytest.param("wide layers", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=LAYERS)
 def runs(request, tokens, quick, tmp_path_factory):
     wide = quick.wide if request.param == "wide layers" else {"wide_layers": []}
     nodes, batches = random_trees(random.Random(1), TREES, tokens, budgets(quick))

@@ -144,6 +144,7 @@ def test_all_layers_wide_is_a_larger_budget(tmp_path, tokens):
     assert 4 * all_wide["peak_blocks"] == plain["peak_blocks"]
 
 
+@pytest.mark.slow
 @pytest.mark.server
 def test_the_engine_serves_what_the_harness_measures(tmp_path, tokens):
     """Fed the engine's own text, the harness finds its tokens likeliest where they were clearly so;
