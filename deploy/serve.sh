@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Serves a model with vLLM; `make serve` runs this after the set-up. Prints the command it runs.
-# Variables: MODEL (a folder or a hub id; by default the small model), PORT, BACKEND, ARGS;
+# Variables: MODEL (a folder, a hub id, or gemma-3-270m; by default the small model), PORT, BACKEND, ARGS;
 # CPUINFO (a file instead of /proc/cpuinfo, for tests).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,8 +13,8 @@ settings=()
 arguments=(--attention-backend "${BACKEND:-express}" --port "${PORT:-8000}")
 model=${MODEL:-}
 
-if [ -z "$model" ]; then
-    model=$(python -m express_vllm.smallmodel)
+if [ -z "$model" ] || [ "$model" = gemma-3-270m ]; then
+    model=$(python -m express_vllm.smallmodel $model)
     arguments+=(--served-model-name "$(basename "$model")")
     if [ "$device" = cpu ]; then
         settings+=(VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-2}")  # GiB
