@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from functools import lru_cache
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from express_vllm.reference.attention import log_weights
 from express_vllm.reference.cache import ExpressCache
 from express_vllm.shape import Shape
 
-from .harness import Heads
+if TYPE_CHECKING:
+    from .harness import Heads
 
 
 def repeat(x: Tensor, group: int) -> Tensor:

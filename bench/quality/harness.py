@@ -1,12 +1,14 @@
 """A Hugging Face causal model whose attention runs through one cache per layer.
 
 The hidden states are those of the model *with* the cache: every layer attends to what its own cache
-holds, so errors compound over layers as they do in a server.
+holds, so errors compound over layers as they do in a server.  Layers with a sliding window keep
+theirs, whatever the method: caches are made for the layers that grow.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,14 +18,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .caches import WindowCache
+
 ATTENTION = "express_quality"
+#: The kind of a layer that sees the whole text, in a model's `layer_types`.
+FULL = "full_attention"
 #: Called with (layer, query, key, value, output) of every attention.
 Watcher = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
 class Heads:
-    """What a cache must know of a model's attention."""
+    """What a cache must know of a model's attention, in the layers that grow."""
 
     layers: int
     query: int
@@ -59,10 +65,11 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [B, heads, L, d] -> ([B, L, heads, d], weights)."""
-    for name in ("sliding_window", "softcap", "s_aux"):
+    for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise ValueError(f"layer {module.layer_idx} has {name}, which the harness does not do")
-    output = _running[-1].attend(module.layer_idx, query, key, value)
+    window = kwargs.get("sliding_window")
+    output = _running[-1].attend(module.layer_idx, query, key, value, window)
     return output.transpose(1, 2), None
 
 
@@ -81,12 +88,21 @@ def register() -> None:
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
 
 
+def growing(config: Any) -> list[int]:
+    """The layers of a model that see the whole text."""
+    types = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
+    return [layer for layer, kind in enumerate(types) if kind == FULL]
+
+
 def heads_of(model: Any) -> Heads:
     config = model.config
-    attention = model.model.layers[0].self_attn
+    layers = growing(config)
+    attention, rotary = model.model.layers[layers[0]].self_attn, model.model.rotary_emb
+    if len(layers) < config.num_hidden_layers:
+        rotary = functools.partial(rotary, layer_type=FULL)
     return Heads(
-        config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads,
-        attention.head_dim, attention.scaling, model.model.rotary_emb, config,
+        len(layers), config.num_attention_heads, config.num_key_value_heads, attention.head_dim,
+        attention.scaling, rotary, config,
     )  # fmt: skip
 
 
@@ -99,14 +115,23 @@ class Stream:
     ) -> None:  # fmt: skip
         self.model = model
         self.caches = list(caches)
+        self.windows: dict[int, LayerCache] = {}
+        self._place = {layer: i for i, layer in enumerate(growing(model.config))}
         self.watch = watch
         self.tick = tick
         self.tokens = 0
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = self.caches[layer].attend(query, key, value)
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None = None
+    ) -> Tensor:
+        if window is not None:
+            if layer not in self.windows:
+                self.windows[layer] = WindowCache(heads_of(self.model), window, 0)
+            return self.windows[layer].attend(query, key, value)
+        place = self._place[layer]
+        output = self.caches[place].attend(query, key, value)
         if self.watch:
-            self.watch(layer, query, key, value, output)
+            self.watch(place, query, key, value, output)
         if self.tick:
             self.tick()
         return output
@@ -132,6 +157,7 @@ class Stream:
     def fork(self) -> Stream:
         twin = copy.copy(self)
         twin.caches = [cache.fork() for cache in self.caches]
+        twin.windows = {layer: cache.fork() for layer, cache in self.windows.items()}
         return twin
 
     @property

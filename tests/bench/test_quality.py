@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_llama import tiny_llama
+from tiny_models import tiny_gemma, tiny_llama
 
 from bench.quality import bound, error, harness, nll, presses, recall
 from bench.quality.caches import Accumulated, EvictingCache, WindowCache, causal
@@ -69,6 +69,22 @@ def test_exact_is_the_model(model, heads, ids):
     for chunk in (LENGTH, 37):
         hidden, _ = feed(model, heads, "exact", 0, ids, chunk)
         assert torch.allclose(model.lm_head(hidden), own(model, ids), atol=1e-5)
+
+
+def test_layers_with_a_window_keep_it(ids):
+    """Caches are made for the others."""
+    gemma = tiny_gemma(["sliding_attention", "sliding_attention", "full_attention"], window=20)
+    heads = harness.heads_of(gemma)
+    assert heads.layers == 1
+    for chunk in (LENGTH, 37):
+        hidden, stream = feed(gemma, heads, "exact", 0, ids, chunk)
+        assert torch.allclose(gemma.lm_head(hidden), own(gemma, ids), atol=1e-5)
+        assert [len(stream.windows), stream.peak] == [2, LENGTH]
+    thinned, stream = feed(gemma, heads, "express", 256, ids)
+    assert stream.peak <= 256 and not torch.allclose(thinned, hidden, atol=1e-3)
+    twin = stream.fork()
+    twin.feed(ids[:, :9])
+    assert stream.windows[0] is not twin.windows[0]
 
 
 @pytest.mark.parametrize("name", [*(n for n in METHODS if n != "exact"), "keydiff:shared=1"])
@@ -350,8 +366,8 @@ def test_every_method_says_what_it_is():
 
 
 def test_a_layer_that_the_harness_cannot_do_is_refused():
-    with pytest.raises(ValueError, match="sliding_window"):
-        harness._attention(SimpleNamespace(layer_idx=0), *rows(3), None, sliding_window=4)
+    with pytest.raises(ValueError, match="softcap"):
+        harness._attention(SimpleNamespace(layer_idx=0), *rows(3), None, softcap=4.0)
 
 
 def test_heads_tell_the_group():

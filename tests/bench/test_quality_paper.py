@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from interpreted import assert_same
-from tiny_llama import tiny_llama
+from tiny_models import tiny_llama
 
 from bench.quality import harness, plots, presses
 from bench.quality.caches import ExactCache
