@@ -7,8 +7,10 @@ from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from express_vllm.device import uses_triton
+from express_vllm.patches import name_requests_of_state_models
 from express_vllm.scheduler.scheduler import STEP_BUDGETS
-from express_vllm.scheduler.spec import require_express
+from express_vllm.scheduler.spec import check_layers
 from express_vllm.settings import Settings
 
 from .indices import layer_index
@@ -23,10 +25,12 @@ class BudgetsMixin:
     vllm_config: Any
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
-        config = Settings.of(self.vllm_config).config
-        wide = frozenset(config.wide_layers or ())
+        settings = Settings.of(self.vllm_config)
+        config, wide = settings.config, frozenset(settings.config.wide_layers or ())
+        if settings.layers.states and uses_triton():
+            name_requests_of_state_models()
         specs = super().get_kv_cache_spec()  # type: ignore[misc]
-        require_express(specs)
+        check_layers({layer_index(name): spec for name, spec in specs.items()}, settings.layers)
         return {
             name: spec.widened(config.wide_factor) if layer_index(name) in wide else spec
             for name, spec in specs.items()

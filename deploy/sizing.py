@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from express_vllm.budget import resolve
 from express_vllm.config import ServerConfig
 from express_vllm.kvsize import KVSize
+from express_vllm.layers import ModelLayers
 from express_vllm.server.plan import Capacity
 from express_vllm.settings import Settings
 
@@ -32,9 +33,11 @@ ANSWER, POOL, EXAMPLE = 1000, 40, "Llama-3.1-8B"
 def fits(size: KVSize, gib: float, prompt: int, answer: int, fields: dict) -> int:
     """Requests that run at once without one waiting for another's blocks."""
     blocks = int(gib * GIB) // (BLOCK * size.bytes_per_token)
-    settings = Settings(ServerConfig(), size, SimpleNamespace(max_model_len=MAX_LEN))
+    layers = ModelLayers.equal(size.layers)
+    settings = Settings(ServerConfig(), size, layers, SimpleNamespace(max_model_len=MAX_LEN))
     budget = resolve(fields, settings, prompt_tokens=prompt, max_tokens=answer)
-    return Capacity(blocks, BLOCK, 1 << 30).fits(budget.reserved(prompt + answer - 1))
+    stored = prompt + answer - 1
+    return Capacity(blocks, BLOCK, 1 << 30, layers).fits(budget.reserved(stored), stored)
 
 
 def tables() -> str:

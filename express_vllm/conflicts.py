@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .device import uses_triton
+from .layers import ModelLayers, UnknownLayers
 from .plugin import SUPPORTED_VLLM
 from .shape import MAX_TOKENS
 
@@ -97,6 +98,18 @@ def _parallel(name: str) -> Callable[[Any], bool]:
 
 def _model(name: str) -> Callable[[Any], bool]:
     return lambda config: bool(getattr(config.model_config, name))
+
+
+def _layers(config: Any) -> ModelLayers | None:
+    try:
+        return ModelLayers.of(config.model_config)
+    except UnknownLayers:
+        return None
+
+
+def _nothing_grows(config: Any) -> bool:
+    layers = _layers(config)
+    return layers is not None and not layers.growing
 
 
 #: Where classes of this project come from, and vLLM's own executors.
@@ -196,9 +209,25 @@ CONFLICTS = (
         "serve this model with another backend",
     ),
     Conflict(
-        "attention-free and hybrid state models",
-        lambda c: bool(c.model_config.is_hybrid or c.model_config.is_attention_free),
-        "their state is already bounded and shares the block pool in ways not built yet",
+        "attention-free models", _model("is_attention_free"),
+        "nothing in them grows with the text",
+        "serve this model with another backend",
+    ),
+    Conflict(
+        "layers of a kind that express does not know", lambda c: _layers(c) is None,
+        "the model's layer_types name others than full attention, sliding windows, chunked "
+        "attention and linear attention or state-space layers",
+        "serve this model with another backend",
+    ),
+    Conflict(
+        "models without a layer that grows", _nothing_grows,
+        "windows or states bound every layer, there is nothing to thin",
+        "serve this model with another backend",
+    ),
+    Conflict(
+        "KV sharing between layers",
+        lambda c: bool(getattr(c.model_config.hf_text_config, "num_kv_shared_layers", 0)),
+        "a layer's queries would score another layer's heavy hitters",
         "serve this model with another backend",
     ),
     Conflict(
@@ -229,7 +258,7 @@ CONFLICTS = (
 #: What a model's attention layers may not have (checked by the backend as they are built, and as
 #: they ask for their cache).  Whatever is active and neither known nor here is "not built".
 LAYER_CONFLICTS = {
-    "sliding-window and chunked-local layers": "they are already bounded and not mixed in yet",
+    "sliding-window and chunked-local layers": "vLLM's own backends run them, here express was to",
     "prefix-LM and other layers that are not causal": "halving follows the order of the tokens",
     "attention sinks of the model": "a learned sink logit is not in the kernels",
     "MLA and sparse attention layers": "they cache no keys and values per token",
@@ -239,8 +268,8 @@ LAYER_CONFLICTS = {
     "logits soft caps": "they are not in the kernels",
     "KV sharing between layers": "a layer's queries would score another layer's heavy hitters",
     "values of another size than keys": "a slot holds a key and a value of one size",
-    "layers that a model runs on another backend": "a request's blocks are counted for layers that "
-    "all run express",
+    "layers that a model runs on another backend": "a request's blocks are counted for the layers "
+    "that grow, by the model's configuration",
     "a KV cache of another type than the model's": "give the model's own as --kv-cache-dtype",
     "on GPUs, a head size that is no multiple of 8 or is above 256": "the Triton kernels read rows "
     "in pieces of 16 bytes and hold a whole one; on CPUs every size works",

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KVSize:
-    """Shapes of the whole model: all pipeline stages and tensor-parallel ranks together."""
+    """Shapes of the layers that grow (layers.py), in all pipeline stages and tensor-parallel ranks
+    together."""
 
     layers: int
     kv_heads: int
@@ -31,7 +32,12 @@ class KVSize:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of the keys and values of one token, over all layers and KV heads."""
-        return self.layers * self.kv_heads * 2 * self.head_size * self.element_bytes
+        return self.layers * self.bytes_in_layer
+
+    @property
+    def bytes_in_layer(self) -> int:
+        """Bytes of the keys and values of one token in one layer, over its KV heads."""
+        return self.kv_heads * 2 * self.head_size * self.element_bytes
 
     def slots(self, tokens: int) -> int:
         """Slots of an ordinary layer that `tokens` of memory pay for: the one place where a budget
@@ -43,13 +49,13 @@ class KVSize:
         return -(-slots * (self.layers + self.extra) // self.layers)
 
     @classmethod
-    def of(cls, vllm_config: VllmConfig, config: ServerConfig) -> KVSize:
+    def of(cls, vllm_config: VllmConfig, config: ServerConfig, layers: int) -> KVSize:
         import torch
 
         model, name = vllm_config.model_config, vllm_config.cache_config.cache_dtype
         dtype = model.dtype if name == "auto" else getattr(torch, name)
         return cls(
-            model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(),
-            model.get_head_size(), dtype.itemsize, str(dtype).removeprefix("torch."),
+            layers, model.get_total_num_kv_heads(), model.get_head_size(), dtype.itemsize,
+            str(dtype).removeprefix("torch."),
             len(config.wide_layers or ()) * (config.wide_factor - 1),
         )  # fmt: skip

@@ -47,6 +47,40 @@ def resolve_at_the_edge() -> None:
     _replace(InputProcessor, "process_inputs", make)
 
 
+def leave_chunked_layers() -> None:
+    """Have layers of chunked local attention ask for a backend as sliding-window layers do: they
+    are bounded, too, and vLLM does not say so to the platform."""
+    from vllm.model_executor.layers.attention import chunked_local_attention
+
+    def make(original: Any) -> Any:
+        def get_attn_backend(*args: Any, **kwargs: Any) -> Any:
+            return original(*args, has_sliding_window=True, **kwargs)
+
+        return get_attn_backend
+
+    _replace(chunked_local_attention, "get_attn_backend", make)
+
+
+def name_requests_of_state_models() -> None:
+    """Have Model Runner V2 say which requests a batch of a model with state layers holds, as it
+    does for other models: its metadata has a place for it."""
+    from vllm.v1.worker.gpu.model_states import mamba_hybrid
+
+    def make(original: Any) -> Any:
+        def prepare_attn(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+            build = mamba_hybrid.build_attn_metadata
+            index = input_batch.idx_mapping_np
+            mamba_hybrid.build_attn_metadata = functools.partial(build, req_idx=index)
+            try:
+                return original(self, input_batch, *args, **kwargs)
+            finally:
+                mamba_hybrid.build_attn_metadata = build
+
+        return prepare_attn
+
+    _replace(mamba_hybrid.MambaHybridModelState, "prepare_attn", make)
+
+
 def cut_messages_before_cleaning() -> None:
     """Have vLLM cut an error's message before it takes paths out of it.
 

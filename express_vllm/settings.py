@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .config import ServerConfig
 from .fields import BudgetError, Fields, limited
 from .kvsize import KVSize
+from .layers import ModelLayers
 from .plugin import BACKEND_NAME
 from .shape import MIN_SLOTS
 from .wide import settle
@@ -36,6 +37,7 @@ class Settings:
 
     config: ServerConfig
     size: KVSize
+    layers: ModelLayers
     model: ModelConfig
 
     @classmethod
@@ -48,14 +50,22 @@ class Settings:
         """Read `--additional-config '{"express": ...}'` and keep what it says for `of`."""
         extra, model = vllm_config.additional_config, vllm_config.model_config
         raw: Any = extra.get("express", {}) if isinstance(extra, dict) else {}
+        layers = ModelLayers.of(model)
         config = settle(ServerConfig.parse(raw), model.hf_text_config)
-        settings = cls(config, KVSize.of(vllm_config, config), model)
+        size = KVSize.of(vllm_config, config, len(layers.growing))
+        settings = cls(config, size, layers, model)
         settings._check()
         setattr(vllm_config, ATTRIBUTE, settings)
         return settings
 
     def _check(self) -> None:
         config, least = self.config, self.least_tokens
+        if config.wide_layers and self.layers.bounded:
+            raise BudgetError(
+                "express.wide_layers", list(config.wide_layers),
+                "it must be []: some of this model's layers are bounded by themselves, and their "
+                "blocks come from the same pool",
+            )  # fmt: skip
         if config.memory_tokens < least:
             raise BudgetError(
                 "express.memory_tokens", config.memory_tokens,

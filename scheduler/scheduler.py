@@ -38,11 +38,13 @@ class _BudgetsMixin:
         self.express_stats = EngineStats(self.express_settings.size, self.log_stats)  # type: ignore[attr-defined]
         #: (client, request id) of requests that end with an error of their own.
         self.express_refused: list[tuple[int, str]] = []
-        coordinator = self.kv_cache_manager.coordinator  # type: ignore[attr-defined]
-        (manager,) = coordinator.single_type_managers
-        manager.budgets = self.express_budgets
+        managers = self.kv_cache_manager.coordinator.single_type_managers  # type: ignore[attr-defined]
+        ours = [manager for manager in managers if isinstance(manager, ExpressManager)]
+        for manager in ours:
+            manager.budgets = self.express_budgets
+        self.express_manager = manager = ours[0]
         manager.shares = manager.enable_caching and not self.express_settings.config.wide_layers
-        self.express_manager: ExpressManager = manager
+        # Off where there are several managers (platforms/common.py).
         self.express_reuse = Reuse(manager, self.requests) if manager.enable_caching else None  # type: ignore[attr-defined]
 
     def add_request(self, request: Request) -> None:

@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
     replace_as,
 )
 
 from express_vllm.conflicts import active, refuse_layer
+from express_vllm.layers import ModelLayers
 from express_vllm.settings import Settings
 
 if TYPE_CHECKING:
@@ -86,7 +90,14 @@ def _found(spec: KVCacheSpec) -> Iterator[str]:
         yield "values of another size than keys"
 
 
-def require_express(specs: Mapping[str, KVCacheSpec]) -> None:
-    """Raises ConflictError if a layer, of `specs` by name, keeps its cache by other rules."""
-    others = {type(s).__name__ for s in specs.values() if type(s) is not ExpressSpec}
-    refuse_layer(["layers that a model runs on another backend"] if others else [])
+#: Caches of layers that are bounded by themselves, beside those of express.
+_BOUNDED = (SlidingWindowSpec, ChunkedLocalAttentionSpec, MambaSpec)
+
+
+def check_layers(specs: Mapping[int, KVCacheSpec], layers: ModelLayers) -> None:
+    """Raises ConflictError if the layers that a rank has built, `specs` by index, are not those
+    that the model's configuration names: budgets were decided for these."""
+    for index, spec in specs.items():
+        grows = index in layers.growing
+        if type(spec) is not ExpressSpec if grows else type(spec) not in _BOUNDED:
+            refuse_layer(["layers that a model runs on another backend"])

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ..conflicts import refuse_conflicts
-from ..patches import resolve_at_the_edge
+from ..patches import leave_chunked_layers, resolve_at_the_edge
 from ..plugin import BACKEND_NAME, BACKEND_PATH
 from ..server.middleware import add_to
 from ..settings import Settings, chosen
@@ -32,7 +32,10 @@ class ExpressPlatformMixin:
     def get_attn_backend_cls(
         cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
-        if selected_backend is None or selected_backend.name != BACKEND_NAME:
+        ours = selected_backend is not None and selected_backend.name == BACKEND_NAME
+        if ours and attn_selector_config.has_sliding_window:  # bounded by itself
+            ours, selected_backend = False, None
+        if not ours:
             return super().get_attn_backend_cls(  # type: ignore[misc]
                 selected_backend, attn_selector_config, num_heads
             )
@@ -56,12 +59,15 @@ class ExpressPlatformMixin:
             return
         refuse_conflicts(vllm_config)
         settings = Settings.parse(vllm_config)
+        if settings.layers.bounded and vllm_config.cache_config.enable_prefix_caching:
+            _switch_off_prefix_caching(vllm_config, settings.layers.states)
         if vllm_config.parallel_config.worker_cls == "auto":
             vllm_config.parallel_config.worker_cls = cls.express_worker
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         scheduler = vllm_config.scheduler_config  # the platform has just settled which it is
         scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
         resolve_at_the_edge()
+        leave_chunked_layers()
         logger.info("express: %s", settings.config)
 
     @classmethod
@@ -70,3 +76,18 @@ class ExpressPlatformMixin:
         from express_vllm.scheduler import register_spec
 
         register_spec()
+
+
+def _switch_off_prefix_caching(vllm_config: VllmConfig, states: bool) -> None:
+    """Before vLLM reads the setting; it has already sized the blocks of state layers by it."""
+    logger.warning(
+        "express: prefix caching is off for this model: what is cached does not hold its "
+        "sliding-window, chunked or state layers yet"
+    )
+    cache = vllm_config.cache_config
+    cache.enable_prefix_caching = False
+    if states:
+        from vllm.model_executor.models.config import MambaModelConfig
+
+        cache.mamba_block_size = None
+        MambaModelConfig.verify_and_update_config(vllm_config)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from ..budget import Budget
 from ..config import ServerConfig
 from ..kvsize import KVSize
+from ..layers import ModelLayers
 from ..layout import Layout
 from ..settings import Settings
 from ..shape import MIN_SLOTS
@@ -19,26 +20,38 @@ from .usage import Sequence, usage
 
 @dataclass(frozen=True)
 class Capacity:
-    """The engine's pool: `blocks` for requests, of `block_size` slots of an ordinary layer."""
+    """The engine's pool: `blocks` for requests, of `block_size` slots of an ordinary layer.
+
+    A block serves `layers.group_size` layers; bounded layers take theirs from the same pool.
+    """
 
     blocks: int
     block_size: int
     max_requests: int
+    layers: ModelLayers
 
     def tokens(self, size: KVSize) -> int:
-        """What the pool holds, in tokens of exact attention."""
-        return self.blocks * self.block_size * (size.layers + size.extra) // size.layers
+        """What the pool holds, in tokens of exact attention in the layers that grow."""
+        slots = self.blocks * self.block_size
+        return slots * (self.layers.group_size + size.extra) // size.layers
 
     def equal(self, size: KVSize) -> Capacity:
         """The same bytes in a server all of whose layers are equal."""
         return replace(self, blocks=self.tokens(size) // self.block_size)
 
-    def needs(self, slots: int) -> int:
-        return math.ceil(slots / self.block_size)
+    def needs(self, slots: int, stored: int) -> int:
+        """Blocks of a request with `slots` slots and `stored` tokens."""
+        growing = math.ceil(slots / self.block_size) * self.layers.groups
+        return growing + self.layers.bounded_blocks(stored, self.block_size)
 
-    def fits(self, slots: int) -> int:
-        """How many requests of `slots` slots run at once."""
-        return min(self.blocks // max(1, self.needs(slots)), self.max_requests)
+    def bounded_bytes(self, stored: int, size: KVSize) -> int:
+        """What the bounded layers take of a request with `stored` tokens, in whole blocks."""
+        tokens = self.layers.bounded_blocks(stored, self.block_size) * self.block_size
+        return tokens * self.layers.group_size * size.bytes_in_layer
+
+    def fits(self, slots: int, stored: int) -> int:
+        """How many such requests run at once."""
+        return min(self.blocks // max(1, self.needs(slots, stored)), self.max_requests)
 
 
 class Pair(BaseModel):
@@ -93,16 +106,17 @@ def plan(
     size, sequence = settings.size, Sequence(budget, prompt_tokens, max_tokens)
     used = usage([sequence], size)
     stored, slots = sequence.stored, budget.reserved(sequence.stored)
+    bounded = capacity.bounded_bytes(stored, size)
     return Plan(
         **used,  # all but `sequences`, which a plan has one of
         compute_tokens=budget.compute_tokens,
         bytes=Pair(
-            planned=used["peak_kv_tokens"] * size.bytes_per_token,
-            exact=stored * size.bytes_per_token,
+            planned=used["peak_kv_tokens"] * size.bytes_per_token + bounded,
+            exact=stored * size.bytes_per_token + bounded,
         ),
-        blocks=Pair(planned=capacity.needs(slots), exact=capacity.needs(stored)),
+        blocks=Pair(planned=capacity.needs(slots, stored), exact=capacity.needs(stored, stored)),
         concurrent_requests=Pair(
-            planned=capacity.fits(slots), exact=capacity.equal(size).fits(stored)
+            planned=capacity.fits(slots, stored), exact=capacity.equal(size).fits(stored, stored)
         ),
         attended_tokens=attended(budget, settings, prompt_tokens, stored + 1),
         error_bound=error_bound(budget, settings.config),

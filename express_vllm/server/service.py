@@ -66,7 +66,7 @@ class Service:
         # Every engine keeps one block for itself.
         blocks = max((cache.num_gpu_blocks or 0) - engines, 0)
         limit = self.vllm_config.scheduler_config.max_num_seqs * engines
-        return Capacity(blocks, cache.block_size, limit)
+        return Capacity(blocks, cache.block_size, limit, self.settings.layers)
 
     def call(self, route: Route, body: Any, text: bytes) -> Call:
         """A request of the route with this body.  Raises BudgetError."""

@@ -11,7 +11,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, async_llm, llm_e
 from vllm.v1.engine import core as engine_core
 from vllm.v1.engine.input_processor import InputProcessor
 
-from express_vllm.patches import PATCHED, resolve_at_the_edge
+from express_vllm.patches import PATCHED, name_requests_of_state_models, resolve_at_the_edge
 
 
 def test_every_request_passes_the_input_processor():
@@ -106,3 +106,18 @@ def test_vllm_still_turns_generators_back_that_cannot_on_cpus():
     assert "gen.set_offset(gen.get_offset() - 4)" in source
     with pytest.raises(RuntimeError, match="offset"):
         torch.Generator().get_offset()
+
+
+def test_models_with_states_do_not_name_their_requests_themselves():
+    """Model Runner V2 names them for other models, by the argument that the patch adds."""
+    from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+    from vllm.v1.worker.gpu.model_states import default, mamba_hybrid
+
+    name_requests_of_state_models()
+    patched = mamba_hybrid.MambaHybridModelState.prepare_attn
+    source = inspect.getsource(patched.__wrapped__)
+    assert "= build_attn_metadata(" in source and "req_idx=" not in source
+    assert mamba_hybrid.build_attn_metadata is build_attn_metadata
+    assert "req_idx" in inspect.signature(build_attn_metadata).parameters
+    others = inspect.getsource(default.DefaultModelState.prepare_attn)
+    assert "req_idx=input_batch.idx_mapping_np" in others

@@ -15,10 +15,14 @@ from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
 import pytest
+import random_families
+import torch
 from engines import engine_config
 
 from express_vllm import cli, conflicts
+from express_vllm.patches import PATCHED
 from express_vllm.plugin import BACKEND_NAME, register
+from express_vllm.settings import Settings
 from express_vllm.shape import MAX_TOKENS
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +83,57 @@ def test_express_chooses_scheduler_and_worker(model_path):
     config = engine_config(model_path, attention_backend="express")
     assert config.scheduler_config.scheduler_cls.endswith("ExpressScheduler")
     assert config.parallel_config.worker_cls.endswith("ExpressCPUWorker")
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """A model with sliding windows."""
+    return random_families.write(tmp_path_factory.mktemp("gemma3"), "gemma3")
+
+
+def test_a_model_with_windows_starts_without_prefix_caching(gemma):
+    config = engine_config(gemma, attention_backend="express")
+    assert config.cache_config.enable_prefix_caching is False
+    settings = Settings.of(config)
+    assert settings.size.layers == len(settings.layers.growing) == 4
+    own = engine_config(gemma)
+    assert own.cache_config.enable_prefix_caching is True
+
+
+def test_a_model_with_states_has_blocks_as_without_prefix_caching(tmp_path):
+    granite = random_families.write(tmp_path, "granite4")
+    found = engine_config(granite, attention_backend="express").cache_config
+    own = engine_config(granite, enable_prefix_caching=False).cache_config
+    for name in ("enable_prefix_caching", "mamba_cache_mode", "mamba_block_size"):
+        assert getattr(found, name) == getattr(own, name)
+
+
+def test_wide_layers_beside_windows_are_refused(gemma):
+    express = {"express": {"wide_layers": [1]}}
+    with pytest.raises(Exception, match=r"express\.wide_layers=\[1\].*must be \[\]"):
+        engine_config(gemma, attention_backend="express", additional_config=express)
+
+
+def test_windows_get_vllms_own_backend(gemma):
+    """Chunked layers, too, which do not say so to the platform."""
+    from vllm.model_executor.layers.attention import chunked_local_attention
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    engine_config(gemma, attention_backend="express")
+    ours = AttentionBackendEnum[BACKEND_NAME]
+    plain = AttentionSelectorConfig(64, torch.float32, "auto", None)
+    for layer, name in (
+        (plain, "ExpressBackend"),
+        (plain._replace(has_sliding_window=True), "CPUAttentionBackend"),
+    ):
+        assert current_platform.get_attn_backend_cls(ours, layer).endswith(name)
+    asked = chunked_local_attention.get_attn_backend
+    assert hasattr(asked, PATCHED)
+    assert "has_sliding_window" in inspect.signature(asked.__wrapped__).parameters
+    source = inspect.getsource(chunked_local_attention.ChunkedLocalAttention.__init__)
+    assert "= get_attn_backend(head_size, dtype, kv_cache_dtype)" in source
 
 
 @pytest.mark.parametrize("asked", [None, True, False])
@@ -142,6 +197,11 @@ def plain_config(model_path):
     return engine_config(model_path, attention_backend="express")
 
 
+def text(layer_types, **more):
+    """A Hugging Face text configuration."""
+    return SimpleNamespace(layer_types=layer_types, **more)
+
+
 def changed(config, path, value):
     """`config` with `value` at the dotted `path`; vLLM's renaming of an attribute fails here."""
     name, _, rest = path.partition(".")
@@ -178,8 +238,13 @@ def changed(config, path, value):
         ("model_config.max_model_len", MAX_TOKENS + 1, "sequences of more than 16,777,216 tokens"),
         ("model_config.use_mla", True, "MLA models"),
         ("model_config.is_encoder_decoder", True, "encoder-decoder models"),
-        ("model_config.is_hybrid", True, "attention-free and hybrid state models"),
-        ("model_config.is_attention_free", True, "attention-free and hybrid state models"),
+        ("model_config.is_attention_free", True, "attention-free models"),
+        ("model_config.hf_text_config", text(["indexed_attention"]),
+         "layers of a kind that express does not know"),
+        ("model_config.hf_text_config", text(["sliding_attention"], sliding_window=64),
+         "models without a layer that grows"),
+        ("model_config.hf_text_config", text(["full_attention"], num_kv_shared_layers=2),
+         "KV sharing between layers"),
         ("model_config.is_diffusion", True, "diffusion models"),
         ("diffusion_config", object(), "diffusion models"),
         ("model_config.runner_type", "pooling", "pooling models"),
@@ -359,12 +424,16 @@ def test_specs_are_refused(spec, word):
 
 def test_layers_of_another_backend_are_refused():
     """Some models name the backend of a layer themselves, past --attention-backend."""
-    from express_vllm.scheduler.spec import ExpressSpec, require_express
+    from express_vllm.layers import Bounded, ModelLayers
+    from express_vllm.scheduler.spec import ExpressSpec, check_layers
 
-    ours = ExpressSpec.of(a_spec())
-    require_express({"a": ours})
-    with pytest.raises(conflicts.ConflictError, match="another backend"):
-        require_express({"a": ours, "b": a_spec()})
+    ours, window = ExpressSpec.of(a_spec()), a_spec(name="SlidingWindowSpec", sliding_window=64)
+    mixed = ModelLayers((1, 3), (Bounded(2, 64),))
+    check_layers({0: window, 1: ours}, mixed)  # a pipeline stage
+    check_layers({2: window, 3: ours}, mixed)
+    for built in ({0: ours}, {1: window}, {1: a_spec()}, {0: a_spec()}):
+        with pytest.raises(conflicts.ConflictError, match="another backend"):
+            check_layers(built, mixed)
 
 
 def test_a_layer_under_another_scheduler_is_refused(plain_config):

@@ -44,6 +44,11 @@ def compose(name):
     return yaml.safe_load(interpolated((DEPLOY / name).read_text()))
 
 
+def test_the_page_of_models_is_vllms_registry():
+    page = runpy.run_path(str(DEPLOY / "models.py"))["page"]()
+    assert (ROOT / "docs" / "models.md").read_text() == page, "deploy/models.py > docs/models.md"
+
+
 def test_the_sizing_tables_are_what_the_code_computes():
     tables = runpy.run_path(str(DEPLOY / "sizing.py"))["tables"]()
     page = between(OPERATIONS.read_text(), "sizing")

@@ -16,20 +16,34 @@ pytestmark = pytest.mark.server
 VOCABULARY = 500
 
 
-@pytest.fixture(scope="module")
-def random_model(tmp_path_factory):
-    """Two layers, 4 query and 2 KV heads of size 32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+#: Settings of express and of the model's layers, by its class in transformers.
+MODELS = {
+    "Llama": ({"wide_layers": [1], "wide_factor": 2}, {}),
+    # A layer with a window beside one that grows: two block tables.
+    "Gemma3Text": ({}, {
+        "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 48,
+        "query_pre_attn_scalar": 8, "tie_word_embeddings": False,
+    }),
+}  # fmt: skip
+
+
+@pytest.fixture(
+    scope="module", params=["Llama", pytest.param("Gemma3Text", marks=pytest.mark.slow)]
+)
+def random_model(request, tmp_path_factory):
+    """Two layers, 4 query and 2 KV heads of size 32; and the server's settings for it."""
+    import transformers
 
     torch.manual_seed(3)
-    config = LlamaConfig(
+    settings, layers = MODELS[request.param]
+    config = getattr(transformers, f"{request.param}Config")(
         hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, vocab_size=VOCABULARY, max_position_embeddings=2048,
-        initializer_range=0.3,
+        initializer_range=0.3, **layers,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("random-model")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder), settings
 
 
 def test_the_gpu_path_gives_the_tokens_of_the_cpu_path(tmp_path, random_model):
@@ -48,12 +62,11 @@ def test_the_gpu_path_gives_the_tokens_of_the_cpu_path(tmp_path, random_model):
         request(prompt(232), 12, memory_tokens=192),
     ]
     calls = [("generate", {"requests": requests})]
+    path, settings = random_model
     options = {
-        "model": random_model, "skip_tokenizer_init": True, "block_size": 16,
+        "model": path, "skip_tokenizer_init": True, "block_size": 16,
         "max_num_batched_tokens": 192, "max_model_len": 512,
-        "additional_config": {
-            "express": {"memory_tokens": 192, "wide_layers": [1], "wide_factor": 2}
-        },
+        "additional_config": {"express": {"memory_tokens": 192, **settings}},
     }  # fmt: skip
 
     def run(interpret):

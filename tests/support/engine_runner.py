@@ -41,8 +41,10 @@ class Engine:
     def _watch(self):
         scheduler = self.scheduler
         self.pool = scheduler.kv_cache_manager.block_pool
-        (self.manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
+        managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+        self.manager = getattr(scheduler, "express_manager", managers[0])
         self.peaks = defaultdict(int)
+        self.group_peaks = {}  # by class of the manager, the most blocks of a request in a group
         self.preemptions = 0
         schedule, preempt = scheduler.schedule, scheduler._preempt_request
 
@@ -50,6 +52,11 @@ class Engine:
             output = schedule(*args, **kwargs)
             for name, blocks in self.manager.req_to_blocks.items():
                 self.peaks[name] = max(self.peaks[name], len(blocks))
+            for manager in managers:
+                held = [[b for b in x if not b.is_null] for x in manager.req_to_blocks.values()]
+                most = max(map(len, held), default=0)
+                kind = type(manager).__name__
+                self.group_peaks[kind] = max(self.group_peaks.get(kind, 0), most)
             return output
 
         def watched_preempt(*args, **kwargs):
@@ -77,6 +84,7 @@ class Engine:
         ]
         prompts = [{"prompt_token_ids": r["prompt"]} for r in requests]
         self.peaks.clear()
+        self.group_peaks.clear()
         self.preemptions = 0
         free = self.pool.get_num_free_blocks()
         adapters = [adapter(r["lora"]) if "lora" in r else None for r in requests]
@@ -87,6 +95,7 @@ class Engine:
             "margins": [margins(o.outputs[0].logprobs) for o in outputs],
             "peak_blocks": max(self.peaks.values()),
             "peaks": list(self.peaks.values()),  # in the order of the requests
+            "group_peaks": dict(self.group_peaks),
             "preemptions": self.preemptions,
             "leaked": free - self.pool.get_num_free_blocks(),
             "budgets_left": len(getattr(self.scheduler, "express_budgets", {})),

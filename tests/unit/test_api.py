@@ -24,6 +24,7 @@ from express_vllm.config import ServerConfig
 from express_vllm.edge import current
 from express_vllm.fields import BudgetError, Fields, limited, parse
 from express_vllm.kvsize import KVSize
+from express_vllm.layers import Bounded, ModelLayers
 from express_vllm.layout import layout_for
 from express_vllm.server import routes
 from express_vllm.server.answer import with_usage
@@ -39,6 +40,8 @@ from express_vllm.settings import Settings
 
 CONFIG = ServerConfig(memory_tokens=1024, max_memory_tokens=4096)
 SIZE = EQUAL
+#: An engine's pool, for a model whose layers all grow.
+pool = partial(Capacity, layers=ModelLayers.equal(SIZE.layers))
 MODEL = server(CONFIG).fields
 
 
@@ -148,7 +151,7 @@ def test_memory_is_what_vllms_pages_take(model_path):
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     config = engine_config(model_path, attention_backend="express", dtype="bfloat16")
-    equal = KVSize.of(config, ServerConfig(wide_layers=()))
+    equal = KVSize.of(config, ServerConfig(wide_layers=()), 30)
     spec = FullAttentionSpec(
         block_size=16, num_kv_heads=equal.kv_heads, head_size=equal.head_size,
         dtype=config.model_config.dtype,
@@ -224,34 +227,50 @@ def test_a_plan_walks_no_events_and_keeps_nothing_of_its_budget(monkeypatch, sch
             max_model_len=length,
         )  # fmt: skip
         if memory % 1000 < 7:
-            found = plan(budget, server(config, length), Capacity(9, 64, 9), 64, length - 64)
+            found = plan(budget, server(config, length), pool(9, 64, 9), 64, length - 64)
             assert found.compactions > 1000 and found.attended_tokens.most <= found.memory_tokens
         budget.layout.live(length)
     assert layout_for.cache_info().currsize < 100, "budgets lie on a grid"
 
 
 def test_a_plan_counts_blocks_bytes_and_how_many_fit():
-    capacity = Capacity(blocks=159, block_size=64, max_requests=12)
+    capacity = pool(159, 64, 12)
     budget = ask({"memory_tokens": 512}, prompt=6000, max_tokens=41)
     found = plan(budget, server(CONFIG), capacity, 6000, 41)
     assert found.blocks.model_dump() == {"planned": 8, "exact": math.ceil(6040 / 64)}
     assert found.bytes.planned == 512 * SIZE.bytes_per_token
     assert found.concurrent_requests.model_dump() == {"planned": 12, "exact": 1}
-    assert capacity.fits(2000) == 159 // 32
+    assert capacity.fits(2000, 2000) == 159 // 32
     assert not found.error_bound.applies and found.error_bound.factor is None
+
+
+def test_a_plan_counts_what_bounded_layers_hold():
+    """Of three layers that grow, and fifteen with a window of 512: six block tables."""
+    size, layers = KVSize(3, 1, 256, 2, "bfloat16"), ModelLayers((5, 11, 17), (Bounded(15, 512),))
+    here = Settings(CONFIG, size, layers, SimpleNamespace(max_model_len=8192))
+    capacity = Capacity(600, 64, 100, layers)
+    budget = resolve({"express_memory_tokens": 512}, CONFIG, prompt_tokens=6000, max_tokens=41)
+    found = plan(budget, here, capacity, 6000, 41)
+    windows, exact = 5 * 9, math.ceil(6040 / 64)
+    assert found.blocks.model_dump() == {"planned": 8 + windows, "exact": exact + windows}
+    held = windows * 64 * 3 * size.bytes_in_layer
+    assert found.bytes.planned == 512 * size.bytes_per_token + held
+    assert found.bytes.exact == 6040 * size.bytes_per_token + held
+    assert found.concurrent_requests.planned == 600 // (8 + windows)
+    assert capacity.tokens(size) == 600 * 64
 
 
 def test_the_papers_bound_is_given_for_the_papers_schedule():
     config = ServerConfig(schedule="paper", memory_tokens=1024)
     budget = ask({}, config=config)
-    found = plan(budget, server(config), Capacity(9, 64, 9), 6000, 100).error_bound
+    found = plan(budget, server(config), pool(9, 64, 9), 6000, 100).error_bound
     target = budget.shape.target
     assert found.applies and found.coreset_tokens == target
     assert found.factor == pytest.approx(2 * math.sqrt(math.log2(target) + 6), abs=1e-3)
 
 
 def test_the_description_can_be_sent_as_json():
-    found = describe_server(server(CONFIG), Capacity(159, 64, 12), MODEL)
+    found = describe_server(server(CONFIG), pool(159, 64, 12), MODEL)
     again = json.loads(json.dumps(found))
     assert again["limits"] == {
         "min_memory_tokens": 128, "max_memory_tokens": 4096, "max_model_len": 8192,
@@ -261,7 +280,7 @@ def test_the_description_can_be_sent_as_json():
 
 def test_a_model_that_is_too_short_to_be_thinned_has_no_shape():
     here = server(max_model_len=100)
-    found = describe_server(here, Capacity(159, 64, 12), here.fields)
+    found = describe_server(here, pool(159, 64, 12), here.fields)
     assert found["shape"] is None and found["limits"]["max_model_len"] == 100
     assert found["limits"]["max_memory_tokens"] == 128, "what a request may say"
 
