@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ..conflicts import refuse_conflicts
-from ..patches import resolve_at_the_edge
+from ..patches import count_cached_tokens_by_sequence, resolve_at_the_edge
 from ..plugin import BACKEND_NAME, BACKEND_PATH
 from ..server.middleware import add_to
 from ..settings import Settings, chosen
@@ -62,6 +62,7 @@ class ExpressPlatformMixin:
         scheduler = vllm_config.scheduler_config  # the platform has just settled which it is
         scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
         resolve_at_the_edge()
+        count_cached_tokens_by_sequence()
         logger.info("express: %s", settings.config)
 
     @classmethod
