@@ -152,8 +152,8 @@ def store(curve, counts, share, seconds, commit):
     """As every result is stored; `commit` is the code that was started."""
     record.save(
         RESULT, curve, commit=commit, seconds=round(seconds),
-        command=f"EXPRESS_SOAK_MINUTES={MINUTES:g} EXPRESS_SOAK_RESULT={RESULT} "
-        "python -m pytest -m ops tests/claims/test_soak_chats.py",
+        command="python -m pytest -m ops tests/claims/test_soak_chats.py",
+        environment={"EXPRESS_SOAK_MINUTES": f"{MINUTES:g}", "EXPRESS_SOAK_RESULT": RESULT},
         model="random Llama of one layer, two KV heads", dtype="bfloat16", users=USERS,
         blocks=BLOCKS, budgets=BUDGETS, counts={str(name): count for name, count in counts.items()},
         share_of_prompt_tokens_cached=round(share, 4),
