@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 pytestmark = [
     pytest.mark.server,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="it counts steps that are not asynchronous"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="it counts synchronous steps"),
 ]
 STEP = 2048
 PROMPT, ANSWER, NEW = 900, 8, 200

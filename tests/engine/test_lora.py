@@ -1,5 +1,6 @@
 """LoRA adapters under the real engine: they change keys and values, not who decides about them."""
 
+import models
 import pytest
 from adapters import RANK, write_adapter
 from engines import BLOCK, OWN, request, run_engine, same_tokens
@@ -11,8 +12,9 @@ def test_adapters_and_budgets_go_together(tmp_path, tokens, small_config):
     nothing = write_adapter(tmp_path / "nothing", small_config, scale=0.0)
     random = write_adapter(tmp_path / "random", small_config, scale=0.3)
     long, short = tokens[:1500], tokens[3000:3200]
-    bounded = request(long, 32, memory_tokens=512, seed=3)
-    fits = request(short, 32, memory_tokens=512)
+    memory = models.small().size().tokens(512)
+    bounded = request(long, 32, memory_tokens=memory, seed=3)
+    fits = request(short, 32, memory_tokens=memory)
     lora = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 2}
 
     def generate(*requests):
