@@ -123,7 +123,7 @@ async def chats(url, pids):
             await asyncio.sleep(60 * MINUTES / POINTS)
             await point()
 
-    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=120 + 60 * MINUTES) as client:
         await asyncio.gather(watch(), *(user(number) for number in range(USERS)))
         await point()
     return counts, curve, list(turns)
