@@ -12,6 +12,7 @@ from typing import Any
 
 from .edge import admit
 from .server.batch import budgets_in
+from .server.watch import CACHED
 from .settings import Settings, chosen
 
 #: Set on what was put in place of vLLM's own.
@@ -79,6 +80,25 @@ def name_requests_of_state_models() -> None:
         return prepare_attn
 
     _replace(mamba_hybrid.MambaHybridModelState, "prepare_attn", make)
+
+
+def count_cached_tokens_by_sequence() -> None:
+    """Have every sequence's output say how many tokens of its prompt were cached.
+
+    vLLM's RequestOutput says it of one sequence.  Of the n that a request may have the first often
+    computes the prompt, and the others start from its state.
+    """
+    from vllm.v1.engine.output_processor import RequestState
+
+    def make(original: Any) -> Any:
+        def _new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output = original(self, *args, **kwargs)
+            setattr(output, CACHED, self.num_cached_tokens)
+            return output
+
+        return _new_completion_output
+
+    _replace(RequestState, "_new_completion_output", make)
 
 
 def cut_messages_before_cleaning() -> None:

@@ -33,8 +33,13 @@ Kind = tuple["Shape", "Shape | None", int]
 
 
 def kind_of(budget: Budget) -> Kind:
-    """An exact budget draws no random bits, so that its seed does not matter."""
-    return budget.shape, budget.wide, 0 if budget.exact else budget.seed
+    """An exact budget draws no random bits, so that its seed does not matter.
+
+    The shapes are those of the shared layouts: kinds are remembered for long, and each would keep
+    its own request's shapes.
+    """
+    wide = budget.layout_in(True).shape if budget.wide else None
+    return budget.layout.shape, wide, 0 if budget.exact else budget.seed
 
 
 class Tail(NamedTuple):

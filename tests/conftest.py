@@ -65,5 +65,6 @@ def small_server(tmp_path_factory):
 
 
 def every_route(model, log):
-    more = ("--enable-scale-out", "--enable-prompt-embeds", "--dtype", "bfloat16")
+    more = ("--enable-scale-out", "--enable-prompt-embeds", "--enable-prompt-tokens-details",
+            "--dtype", "bfloat16")  # fmt: skip
     return serve(model.path, log, *more, express=model.wide)

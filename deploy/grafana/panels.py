@@ -52,8 +52,10 @@ def total(metric: str, by: str = "") -> str:
     return f"sum{_by(by)} ({metric}{{{SELECTED}}})"
 
 
-def rate(metric: str, by: str = "") -> str:
-    return f"sum{_by(by)} (rate({metric}{{{SELECTED}}}[$__rate_interval]))"
+def rate(metric: str, by: str = "", labels: str = "") -> str:
+    """`labels` select some of the series, beside the dashboard's own choice."""
+    chosen = f"{SELECTED}, {labels}" if labels else SELECTED
+    return f"sum{_by(by)} (rate({metric}{{{chosen}}}[$__rate_interval]))"
 
 
 def quantile(q: float, histogram: str) -> str:
@@ -158,7 +160,7 @@ OVERVIEW = Dashboard(
                 ),
                 Panel(
                     "Tokens per second",
-                    "Prompt tokens read and tokens generated.",
+                    "Prompt tokens, cached ones included, and tokens generated.",
                     (
                         Query(rate("vllm:prompt_tokens_total"), "prompt"),
                         Query(rate("vllm:generation_tokens_total"), "generated"),
@@ -228,7 +230,8 @@ OVERVIEW = Dashboard(
                 ),
                 Panel(
                     "Preemptions per second",
-                    "Requests that lost their blocks and start again: the pool is too small.",
+                    "Requests that lost their blocks, and start again from what the prefix cache "
+                    "still has: the pool is too small.",
                     (Query(rate("vllm:num_preemptions_total"), "preemptions"),),
                 ),
             ),
@@ -238,6 +241,8 @@ OVERVIEW = Dashboard(
 
 HELD, EXACT = total("vllm:express_held_kv_tokens"), total("vllm:express_exact_kv_tokens")
 COMPACTING = rate("vllm:express_compaction_seconds_sum")
+COMPUTED = rate("vllm:prompt_tokens_by_source_total", labels='source="local_compute"')
+HITS, QUERIES = (rate(f"vllm:prefix_cache_{name}_total") for name in ("hits", "queries"))
 
 MEMORY = Dashboard(
     "express-memory",
@@ -314,6 +319,42 @@ MEMORY = Dashboard(
             ),
         ),
         (
+            "Prefix cache",
+            (
+                Panel(
+                    "Hit rate",
+                    "Share of prompt tokens that requests found cached, as blocks or as states. "
+                    "Nothing is drawn while no request arrives, or with prefix caching off.",
+                    (Query(f"{HITS} / ({QUERIES} > 0)", "hits / queries"),),
+                    "percentunit",
+                    maximum=1,
+                ),
+                Panel(
+                    "Prompt tokens per second",
+                    "Found in the prefix cache, and computed.",
+                    (
+                        Query(rate("vllm:prompt_tokens_cached_total"), "cached"),
+                        Query(COMPUTED, "computed"),
+                    ),
+                    stack=True,
+                ),
+                Panel(
+                    "Room for cached states",
+                    "Share of the pool's blocks that no request uses, by engine. Cached states lie "
+                    "there, and go when requests need the blocks.",
+                    (
+                        Query(
+                            "1 - max by (instance, engine) "
+                            f"(vllm:kv_cache_usage_perc{{{SELECTED}}})",
+                            "{{instance}} engine {{engine}}",
+                        ),
+                    ),
+                    "percentunit",
+                    maximum=1,
+                ),
+            ),
+        ),
+        (
             "Compaction",
             (
                 Panel(
@@ -335,12 +376,12 @@ MEMORY = Dashboard(
                 ),
                 Panel(
                     "Tokens thinned per second",
-                    "Tokens that lost their own slot, against all tokens that were stored.",
+                    "Tokens that lost their own slot, against all tokens that were computed: those "
+                    "of the prefix cache are not.",
                     (
                         Query(rate("vllm:express_tokens_thinned_total"), "thinned"),
                         Query(
-                            f"{rate('vllm:prompt_tokens_total')} "
-                            f"+ {rate('vllm:generation_tokens_total')}",
+                            f"{COMPUTED} + {rate('vllm:generation_tokens_total')}",
                             "prompt and generated",
                         ),
                     ),

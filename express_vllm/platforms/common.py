@@ -6,7 +6,11 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ..conflicts import refuse_conflicts
-from ..patches import leave_chunked_layers, resolve_at_the_edge
+from ..patches import (
+    count_cached_tokens_by_sequence,
+    leave_chunked_layers,
+    resolve_at_the_edge,
+)
 from ..plugin import BACKEND_NAME, BACKEND_PATH
 from ..server.middleware import add_to
 from ..settings import Settings, chosen
@@ -68,6 +72,7 @@ class ExpressPlatformMixin:
         scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
         resolve_at_the_edge()
         leave_chunked_layers()
+        count_cached_tokens_by_sequence()
         logger.info("express: %s", settings.config)
 
     @classmethod

@@ -27,6 +27,8 @@ from .usage import Sequence, usage
 
 #: How many calls the page shows.
 RECENT = 50
+#: Attribute of a CompletionOutput: how many tokens its sequence started from (patches.py).
+CACHED = "express_cached_tokens"
 _numbers = itertools.count(1)
 
 
@@ -143,7 +145,7 @@ async def _followed(
                 for part in result.outputs:
                     sequence, count = sequences[part.index], len(part.token_ids)
                     sequence.output = sequence.output + count if delta else count
-                    sequence.cached = result.num_cached_tokens or 0
+                    sequence.cached = getattr(part, CACHED)
             yield result
     except Exception as error:
         call.failed(request_id, error)

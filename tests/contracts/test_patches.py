@@ -6,12 +6,24 @@ import inspect
 
 import pytest
 import torch
+from vllm import outputs
 from vllm.v1.core.sched import scheduler
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, async_llm, llm_engine
+from vllm.v1.engine import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    async_llm,
+    llm_engine,
+    output_processor,
+)
 from vllm.v1.engine import core as engine_core
 from vllm.v1.engine.input_processor import InputProcessor
 
-from express_vllm.patches import PATCHED, name_requests_of_state_models, resolve_at_the_edge
+from express_vllm.patches import (
+    PATCHED,
+    count_cached_tokens_by_sequence,
+    name_requests_of_state_models,
+    resolve_at_the_edge,
+)
 
 
 def test_every_request_passes_the_input_processor():
@@ -28,6 +40,19 @@ def test_every_request_passes_the_input_processor():
     assert "resumable=resumable" in source
     # The clone's parameters are what sequences of n > 1 are made from.
     assert "params = request.params" in inspect.getsource(async_llm.AsyncLLM.add_request)
+
+
+def test_every_sequence_is_told_what_was_cached_before_its_first_output():
+    count_cached_tokens_by_sequence()
+    patched = output_processor.RequestState._new_completion_output
+    assert hasattr(patched, PATCHED) and not hasattr(patched.__wrapped__, PATCHED)
+    source = inspect.getsource(output_processor.OutputProcessor.process_outputs)
+    told = source.index("req_state.num_cached_tokens = (")
+    assert told < source.index("req_state.make_request_output(")
+    made = inspect.getsource(output_processor.RequestState.make_request_output)
+    assert "output = self._new_completion_output(" in made
+    # When this fails, vLLM tells the sequences apart, and the patch can go.
+    assert "cached" not in inspect.getsource(outputs.CompletionOutput)
 
 
 def test_a_raised_exception_would_still_end_the_engine():

@@ -58,7 +58,14 @@ def workload(tokens, prompts, model):
     aborted = [
         request(tokens[i * 100 : i * 100 + 400], 64, memory_tokens=memory(256)) for i in range(50)
     ]
+    turn = {"max_tokens": 12, "seed": None, "temperature": 0.0, "steps": 0, "kept": 12,
+            "extra_args": {"express_memory_tokens": memory(256)}}  # fmt: skip
+    turns = [
+        {**turn, "parent": None, "new": tokens[3000:3700]},
+        {**turn, "parent": 0, "new": tokens[9000:9100]},
+    ]
     return {
+        "chat": {"nodes": turns, "batches": [([0], 2048), ([1], 2048)]},
         "short": [request(p, 24) for p in prompts],
         "short_fits": [request(p, 24, memory_tokens=memory(512)) for p in prompts],
         "short_exact": [request(p, 24, mode="exact") for p in prompts],
@@ -96,6 +103,7 @@ def express(tmp_path_factory, workload, model):
         "sampled_chunks": ("generate", {"requests": w["sampled"], "max_batched_tokens": 256}),
         # 400-token prompts in chunks of 256: step 1 is mid-prefill, the others mid-decode.
         "aborts": ("aborts", {"requests": w["aborted"], "steps": [1, 2, 3, 4, 6] * 10}),
+        "chat": ("conversations", w["chat"]),
         "preempted": ("generate", {"requests": w["growing"], "max_batched_tokens": 2048}),
         "unpreempted": ("alone", {"requests": w["growing"]}),
     }
@@ -226,13 +234,14 @@ def test_aborts_return_every_block(express):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gloo ranks share a CPU")
 def test_tensor_parallel_ranks_give_the_tokens_of_one(tmp_path, express, workload, model):
-    """A KV head each."""
+    """A KV head each.  They cache prefixes and one rank does not: each rank copies its own part."""
     calls = [
         ("generate", {"requests": [workload["seeded"]]}),
         ("generate", {"requests": workload["short_fits"][:8]}),
+        ("conversations", workload["chat"]),
     ]
-    alone, short = run_engine(
-        tmp_path, "express", calls, tensor_parallel_size=model.kv_heads,
+    alone, short, chat = run_engine(
+        tmp_path, "express", calls, tensor_parallel_size=model.kv_heads, enable_prefix_caching=True,
         worker_cls="gloo_worker.GlooWorker", **engine(model),
         environment={
             "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
@@ -241,3 +250,6 @@ def test_tensor_parallel_ranks_give_the_tokens_of_one(tmp_path, express, workloa
     )  # fmt: skip
     assert alone["tokens"] == express["alone"]["tokens"]
     assert short["tokens"] == express["fits"]["tokens"][:8]
+    assert [turn["cached"] for turn in chat["nodes"]] == [0, 711]
+    cold = [turn["tokens"] for turn in express["chat"]["nodes"]]
+    assert [turn["tokens"] for turn in chat["nodes"]] == cold

@@ -8,6 +8,7 @@ from test_tensor_parallel import (  # noqa: F401
     llama,
     one,
     run_ranks,
+    test_a_state_is_copied_on_every_rank,
     test_two_engines_share_a_load,
     test_two_pipeline_stages_give_the_tokens_of_one,
     test_two_ranks_give_the_tokens_of_one,

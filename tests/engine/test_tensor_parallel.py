@@ -42,17 +42,29 @@ def prompt(length, seed):
     return torch.randint(100, 40000, (length,), generator=generator).tolist()
 
 
+def memory(slots):
+    """Tokens that pay for so many slots in an ordinary layer, of EXPRESS."""
+    return slots * 5 // 4
+
+
 MIXED = [
-    request(prompt(300, 0), 300, memory_tokens=128),
+    request(prompt(300, 0), 300, memory_tokens=memory(128)),
     request(prompt(60, 1), 250, mode="exact"),
-    request(prompt(500, 2), 300, memory_tokens=256, seed=5),
-    request(prompt(700, 3), 150, memory_tokens=512, profile="even"),
+    request(prompt(500, 2), 300, memory_tokens=memory(256), seed=5),
+    request(prompt(700, 3), 150, memory_tokens=memory(512), profile="even"),
 ]
 #: Nine requests of 4 to 6 blocks each do not fit the pool.
-GROWING = [request(prompt(100, 10 + i), 100, memory_tokens=192) for i in range(9)]
-ABORTED = [request(prompt(400, 20 + i), 64, memory_tokens=256) for i in range(10)]
+GROWING = [request(prompt(100, 10 + i), 100, memory_tokens=memory(192)) for i in range(9)]
+#: A conversation: the third prompt goes on from the first one's prompt, the second from its answer.
+TURNS = [
+    {"parent": parent, "kept": kept, "new": prompt(length, 40 + i), "max_tokens": 20, "steps": 0,
+     "seed": None, "temperature": 0.0, "extra_args": {"express_memory_tokens": memory(256)}}
+    for i, (parent, kept, length) in enumerate([(None, 0, 600), (0, 20, 150), (0, 0, 100)])
+]  # fmt: skip
+CHAT = ("conversations", {"nodes": TURNS, "batches": [([0], 256), ([1, 2], 256)]})
+ABORTED = [request(prompt(400, 20 + i), 64, memory_tokens=memory(256)) for i in range(10)]
 #: 200 tokens at once, then one a step.
-TALKATIVE = {**request(prompt(200, 30), 100, memory_tokens=128), "margin": False}
+TALKATIVE = {**request(prompt(200, 30), 100, memory_tokens=memory(128)), "margin": False}
 STEPS, TOKENS = 100, 299
 #: One wide layer of four: of two pipeline stages one has it, the other has not.
 EXPRESS = {"max_memory_tokens": 1024, "memory_tokens": 512, "wide_layers": [1], "wide_factor": 2}
@@ -79,12 +91,14 @@ def calls():
         "growing": ("generate", {"requests": GROWING}),
         # 400-token prompts in chunks of 256: step 1 is mid-prefill, the others mid-decode.
         "aborts": ("aborts", {"requests": ABORTED, "steps": [1, 2, 3, 4, 6] * 2}),
+        "chat": CHAT,
     }
     return {"talk": talk, "work": work}
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory, llama, calls):
+    """Without prefix caching, which several ranks have."""
     return run_ranks(tmp_path_factory.mktemp("one"), "express", calls["work"], llama)
 
 
@@ -92,7 +106,7 @@ def one(tmp_path_factory, llama, calls):
 def two(tmp_path_factory, llama, calls):
     return run_ranks(
         tmp_path_factory.mktemp("two"), "express", calls["work"] | ({} if GPUS else calls["talk"]),
-        llama, tensor_parallel_size=2,
+        llama, tensor_parallel_size=2, enable_prefix_caching=True,
     )  # fmt: skip
 
 
@@ -115,6 +129,22 @@ def test_two_ranks_give_the_tokens_of_one(one, two, job):
     assert all(len(set(tokens)) > 30 for tokens in one[job]["tokens"]), "not one repeated token"
     assert_same(two[job], one[job])
     assert two[job]["peaks"] == one[job]["peaks"]
+
+
+def assert_hits_change_nothing(ours, expected):
+    """The turns that found a state have the tokens of those that could not."""
+    turns = [
+        {name: [node[name] for node in result["nodes"]] for name in ("tokens", "margins", "cached")}
+        for result in (ours, expected)
+    ]
+    assert [turn["cached"] for turn in turns] == [[0, 619, 600], [0, 0, 0]]
+    assert_same(*turns)
+
+
+@slow
+@server_test
+def test_a_state_is_copied_on_every_rank(two, one):
+    assert_hits_change_nothing(two["chat"], one["chat"])
 
 
 @slow
@@ -152,11 +182,15 @@ def test_express_adds_no_communication(tmp_path, two, llama, calls):
 @slow
 @server_test
 def test_two_pipeline_stages_give_the_tokens_of_one(tmp_path, one, llama, calls):
-    found = run_ranks(tmp_path, "express", calls["work"], llama, pipeline_parallel_size=2)
+    found = run_ranks(
+        tmp_path, "express", calls["work"], llama, pipeline_parallel_size=2,
+        enable_prefix_caching=True,
+    )  # fmt: skip
     for job in ("mixed", "growing"):
         assert_same(found[job], one[job])
         assert found[job]["leaked"] == found[job]["budgets_left"] == 0
     assert found["aborts"]["after"] == found["aborts"]["before"]
+    assert_hits_change_nothing(found["chat"], one["chat"])
 
 
 @slow
@@ -175,17 +209,33 @@ def test_two_engines_share_a_load(tmp_path, llama, monkeypatch):
         for i in range(6)
     ]  # fmt: skip
     arguments = ("--data-parallel-size", "2", "--dtype", "float32")
-    with serve(llama, tmp_path / "log.txt", *arguments) as running:
+    more = ("--enable-prompt-tokens-details",)
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")  # /reset_prefix_cache
+    with serve(llama, tmp_path / "log.txt", *arguments, *more) as running:
 
-        def answer(body):
-            response = running.client.post("/v1/completions", json=body)
+        def answer(body, engine=None):
+            to = {} if engine is None else {"X-data-parallel-rank": str(engine)}
+            response = running.client.post("/v1/completions", json=body, headers=to)
             assert response.status_code == 200, response.text
             return response.json()
+
+        def reset():
+            assert running.client.post("/reset_prefix_cache").json() == {"success": True}
 
         with ThreadPoolExecutor(len(bodies)) as pool:
             together = list(pool.map(answer, bodies))
         alone = [[answer(body) for _ in range(2)] for body in bodies]  # each engine in turn
         metrics = running.client.get("/metrics").text
+        # Each engine has states of its own, and the route empties both engines'.
+        turn = bodies[0] | {"prompt": prompt(1500, 50), "max_tokens": 20}
+        longer = turn | {"prompt": turn["prompt"] + prompt(100, 51)}
+        reset()
+        turns = [answer(body, engine) for body, engine in ((turn, 0), (longer, 0), (longer, 1))]
+        reset()
+        turns += [answer(longer, engine) for engine in (0, 1)]
+    cached = [turn["usage"]["prompt_tokens_details"]["cached_tokens"] for turn in turns]
+    assert cached == [0, 1500, 0, 0, 0]
+    assert len({turn["choices"][0]["text"] for turn in turns[1:]}) == 1 or GPUS
     for i, (batched, single) in enumerate(zip(together, alone, strict=True)):
         usage = batched["usage"]["express"]
         count = 400 + 100 * i + 200

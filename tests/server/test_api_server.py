@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 
@@ -245,6 +246,69 @@ def test_several_sequences_are_added_up(client):
     assert found["sequences"] == 4
     # Two prompts, each in two sequences, every one without its last token.
     assert found["exact_kv_tokens"] == 2 * answer.usage.prompt_tokens + 20 - 4
+
+
+# --- the prefix cache ---------------------------------------------------------------------------
+
+
+def counted(server):
+    """Tokens looked up and found in the prefix cache, and compactions run, as the engine counts."""
+    names = ("prefix_cache_queries", "prefix_cache_hits", "express_compactions")
+    return [server.metric(f"vllm:{name}_total") for name in names]
+
+
+def complete(server, prompt, max_tokens, **more):
+    """-> the answer's usage and tokens, and what the engine counted meanwhile."""
+    body = {
+        "model": "small", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True,
+        "return_token_ids": True, "express": {"memory_tokens": 256}, **more,
+    }  # fmt: skip
+    before = counted(server)
+    answer = server.client.post("/v1/completions", json=body).json()
+    counts = [int(now - then) for now, then in zip(counted(server), before, strict=True)]
+    return answer["usage"], answer["choices"][0]["token_ids"], counts
+
+
+def test_a_second_turn_says_how_much_of_it_was_cached(server, tokens):
+    """All that the first turn stored: its last token never is."""
+    first, answered, counts = complete(server, tokens[4000:4900], 10)
+    assert first["prompt_tokens_details"]["cached_tokens"] == 0
+    assert counts == [900, 0, first["express"]["compactions"]]
+    prompt = [*tokens[4000:4900], *answered, *tokens[9000:9300]]
+    second, _, counts = complete(server, prompt, 10)
+    assert second["prompt_tokens_details"]["cached_tokens"] == 909
+    assert counts == [len(prompt), 909, second["express"]["compactions"]]
+    plan = {"prompt_tokens": len(prompt), "max_tokens": 10, "express": {"memory_tokens": 256}}
+    planned = server.client.post("/v1/express/plan", json=plan).json()
+    done = [usage["express"]["compactions"] for usage in (first, second)]
+    assert planned["compactions"] == sum(done) > done[0] > 0
+    assert planned["peak_kv_tokens"] == second["express"]["peak_kv_tokens"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_sequences_of_one_prompt_compute_it_once(server, tokens, stream):
+    """vLLM says of one sequence how much was cached; usage has the compactions of each."""
+    prompt = tokens[12000 + 6000 * stream :][:6000]
+    body = {"n": 3, "temperature": 1.0}
+    if stream:
+        body = {
+            "model": "small", "prompt": prompt, "max_tokens": 9, "ignore_eos": True, "stream": True,
+            "stream_options": {"include_usage": True}, "express": {"memory_tokens": 256}, **body,
+        }  # fmt: skip
+        before = counted(server)
+        text = server.client.post("/v1/completions", json=body).text
+        (event,) = [line for line in text.splitlines() if '"usage":{' in line]
+        usage = json.loads(event[6:])["usage"]
+        counts = [int(now - then) for now, then in zip(counted(server), before, strict=True)]
+    else:
+        usage, _, counts = complete(server, prompt, 9, **body)
+    queries, hits, compactions = counts
+    assert usage["express"]["sequences"] == 3 and queries == 18000
+    assert hits > 2 * 5900
+    assert compactions == usage["express"]["compactions"]
+    plan = {"prompt_tokens": 6000, "max_tokens": 9, "express": {"memory_tokens": 256}}
+    once = server.client.post("/v1/express/plan", json=plan).json()["compactions"]
+    assert once <= compactions < 1.1 * once
 
 
 # --- refusals -----------------------------------------------------------------------------------

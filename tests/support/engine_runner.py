@@ -1,7 +1,7 @@
 """Runs jobs on a real vLLM engine in a process of its own: JSON in on stdin, JSON out on a file.
 
 The engine core lives in this process, so that jobs can read the scheduler's own block accounting;
-several ranks are processes of their own.  Used by test_engine.py and test_tensor_parallel.py.
+several ranks are processes of their own.  `engines.run_engine` starts it.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Engine:
         self.peaks = defaultdict(int)
         self.group_peaks = {}  # by class of the manager, the most blocks of a request in a group
         self.preemptions = 0
+        self.computed = 0
         schedule, preempt = scheduler.schedule, scheduler._preempt_request
 
         def watched_schedule(*args, **kwargs):
@@ -57,6 +58,7 @@ class Engine:
                 most = max(map(len, held), default=0)
                 kind = type(manager).__name__
                 self.group_peaks[kind] = max(self.group_peaks.get(kind, 0), most)
+            self.computed += output.total_num_scheduled_tokens
             return output
 
         def watched_preempt(*args, **kwargs):
@@ -110,12 +112,13 @@ class Engine:
             "peak_blocks": [r["peak_blocks"] for r in results],
         }
 
-    def conversations(self, nodes, batches, least_gain=None):
+    def conversations(self, nodes, batches, least_gain=None, cold=False):
         """Run `nodes` in `batches` of (their numbers, tokens of a step).
 
         A node's prompt is that of its `parent`, the first `kept` tokens of the parent's answer, and
         `new` tokens.  It is aborted after `steps` steps, if it has some.  -> by node, its answer,
         the gaps of its best two log-probabilities, and the tokens of its prompt that were cached.
+        `cold`: what is cached is forgotten before each batch.
         """
         from vllm import SamplingParams
 
@@ -126,6 +129,7 @@ class Engine:
         engine, found = self.llm.llm_engine, {}
         self.preemptions = 0
         for numbers, size in batches:
+            assert not cold or self.llm.reset_prefix_cache()
             self.scheduler.max_num_scheduled_tokens = size
             ends = {}
             for i in numbers:
@@ -137,7 +141,10 @@ class Engine:
                     temperature=node["temperature"], seed=node["seed"], ignore_eos=True,
                     max_tokens=node["max_tokens"], extra_args=node["extra_args"], logprobs=2,
                 )  # fmt: skip
-                engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+                lora = adapter(node["lora"]) if node.get("lora") else None
+                engine.add_request(
+                    str(i), {"prompt_token_ids": prompt}, params, lora_request=lora
+                )  # fmt: skip
                 ends[i] = node["steps"] or 1 << 30
             steps = 0
             while engine.has_unfinished_requests():
@@ -181,6 +188,60 @@ class Engine:
         engine.abort_request(["copy"])
         engine.step()
         return {"differing": differing, "cached": outputs[0].num_cached_tokens if outputs else 0}
+
+    def samples(self, prompt, n, **parameters):
+        """One request of `n` sequences -> by sequence, its tokens and how many of its prompt were
+        cached; and how many tokens were computed for all of them."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(n=n, ignore_eos=True, **parameters)
+        self.computed = 0
+        (output,) = self.llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
+        return {
+            "tokens": [list(part.token_ids) for part in output.outputs],
+            "cached": [part.express_cached_tokens for part in output.outputs],
+            "computed": self.computed,
+        }
+
+    def reset(self):
+        """Forget what is cached -> whether vLLM says so; blocks with a hash, and states that are
+        whole, before and after."""
+
+        def counts():
+            states = set(self.manager.states._owner.values())
+            hashed = sum(block.block_hash is not None for block in self.pool.blocks)
+            return [hashed, sum(state.whole for state in states)]
+
+        before = counts()
+        return {"done": self.llm.reset_prefix_cache(), "before": before, "after": counts()}
+
+    def first_slots(self, prompt, first, second, count, kv_heads):
+        """A prompt under two budgets, `first` and `second`: for each layer, in how many of the
+        first `count` slots the caches differ once it is computed, and in how many of the next
+        100; and how many of its tokens were cached each time."""
+        from vllm import SamplingParams
+
+        from express_vllm.backend.pages import slot_pages
+
+        engine, found, cached = self.llm.llm_engine, [], []
+        worker = engine.engine_core.engine_core.model_executor.driver_worker
+        for extra in (first, second):
+            params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, extra_args=extra)
+            engine.add_request("slots", {"prompt_token_ids": prompt}, params)
+            while not (outputs := engine.step()):
+                pass
+            ((_, blocks),) = self.manager.req_to_blocks.items()
+            mine = [block.block_id for block in blocks]
+            pages = [slot_pages(x, kv_heads)[mine] for x in worker.worker.model_runner.kv_caches]
+            found.append([page.transpose(0, 1).flatten(1, 2)[:, : count + 100] for page in pages])
+            cached.append(outputs[0].num_cached_tokens)
+            engine.abort_request(["slots"])
+            engine.step()
+        apart = [((a - b).abs() > 1e-4).any(-1).any(0) for a, b in zip(*found, strict=True)]
+        return {
+            "differing": [int(slots[:count].sum()) for slots in apart],
+            "others": [int(slots[count:].sum()) for slots in apart], "cached": cached,
+        }  # fmt: skip
 
     def aborts(self, requests, steps):
         """Add each request, run its number of steps, abort it; -> free blocks before and after."""

@@ -35,7 +35,7 @@ from express_vllm.server.plan import Capacity, attended, describe_server, plan
 from express_vllm.server.settle import settled
 from express_vllm.server.table import decision
 from express_vllm.server.usage import Sequence, usage
-from express_vllm.server.watch import Call, watch
+from express_vllm.server.watch import CACHED, Call, watch
 from express_vllm.settings import Settings
 
 CONFIG = ServerConfig(memory_tokens=1024, max_memory_tokens=4096)
@@ -439,8 +439,9 @@ class Engine:
             raise BudgetError("express.memory", "1KiB", "too small")
         current.get().admitted(request_id, BUDGET, 6000, sampling_params.n)
         for _ in range(3):
-            tokens = [SimpleNamespace(index=i, token_ids=[1]) for i in range(sampling_params.n)]
-            yield SimpleNamespace(outputs=tokens, num_cached_tokens=0)
+            of_each = {"token_ids": [1], CACHED: 0}
+            tokens = [SimpleNamespace(index=i, **of_each) for i in range(sampling_params.n)]
+            yield SimpleNamespace(outputs=tokens)
 
 
 def params(n=1, **more):

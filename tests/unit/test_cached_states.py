@@ -7,7 +7,11 @@ in two hands, none is lost, and the pool counts right.
 
 from __future__ import annotations
 
+import itertools
 import random
+import statistics
+import time
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -23,11 +27,12 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from express_vllm.budget import resolve
+from express_vllm.budget import resolve, unpack
 from express_vllm.edge import GRANTED
 from express_vllm.scheduler import prefixes, register_spec, reuse
 from express_vllm.scheduler.scheduler import ExpressAsyncScheduler, ExpressScheduler
 from express_vllm.scheduler.spec import ExpressSpec
+from express_vllm.scheduler.states import kind_of
 from express_vllm.settings import Settings
 
 BLOCK = 16
@@ -224,6 +229,48 @@ def play(config, kind, seed):
     assert world.scheduler.reset_prefix_cache()
     assert all(block.block_hash is None for block in world.pool.blocks)
     return world.hits
+
+
+@pytest.mark.parametrize(("new", "most"), [(100, 140), (1, 400)])
+def test_hashes_of_prompts_take_little_memory_and_not_ever_more(config, monkeypatch, new, most):
+    """Bytes of a hash, by how many new ones a prompt has; every request brings its own budget."""
+    monkeypatch.setattr(prefixes, "MOST_HASHES", 8192)
+    settings = Settings.of(config)
+    packed = resolve(BUDGETS[2], settings, prompt_tokens=400, max_tokens=9).packed
+    seen, taken = prefixes.Prefixes(), []
+
+    def add(count):
+        for number in range(count // new):
+            kind = kind_of(unpack(packed, settings, 409))
+            hashes = [sha256((count, number, i)) for i in range(new)]
+            seen.add(kind, hashes, f"cmpl-{count}-{number:032d}")
+        taken.append(tracemalloc.get_traced_memory()[0])
+
+    kind_of(unpack(packed, settings, 409))  # the layout is shared
+    tracemalloc.start()
+    try:
+        for count in (0, 8200, 16400):
+            add(count)
+    finally:
+        tracemalloc.stop()
+    assert (taken[1] - taken[0]) / 8192 < most
+    assert taken[2] < 1.5 * taken[1]  # the dictionary may be twice as large
+
+
+def test_a_long_prompt_is_remembered_as_fast_when_old_ones_go():
+    """In the engine's loop, where every request waits; 6,000 blocks are some 100,000 tokens."""
+    fresh, full = prefixes.Prefixes(), prefixes.Prefixes()
+    numbers = itertools.count()
+
+    def seconds(seen):
+        hashes = [sha256(next(numbers)) for _ in range(6000)]
+        start = time.perf_counter()
+        seen.add("kind", hashes, "name")
+        return time.perf_counter() - start
+
+    full.add("kind", [sha256(-1 - i) for i in range(prefixes.MOST_HASHES)], "old")
+    first = statistics.median(seconds(fresh) for _ in range(9))
+    assert statistics.median(seconds(full) for _ in range(9)) < 8 * first
 
 
 @pytest.mark.parametrize("examples", [120, pytest.param(2000, marks=pytest.mark.slow)])
