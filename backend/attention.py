@@ -121,6 +121,9 @@ class ExpressImpl(AttentionImpl[Any]):
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
+        self.soft_cap = float(logits_soft_cap or 0.0)
+        # The model's own parameter: its weights are loaded after this.
+        self.sinks: torch.Tensor | None = kwargs.get("sinks")
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.first_kv_head = first_kv_head(self.num_kv_heads)

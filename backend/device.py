@@ -11,12 +11,14 @@ Plan = TypeVar("Plan", contravariant=True)
 
 
 class Layer(Protocol):
-    """The sizes of one layer on this rank."""
+    """The sizes of one layer on this rank, and its softmax (`express_vllm.softmax`)."""
 
     num_heads: int
     num_kv_heads: int
     head_size: int
     scale: float
+    soft_cap: float  # of logits; 0: none
+    sinks: Tensor | None  # logits of this rank's heads [heads], of the model's type or fp32
     first_kv_head: int  # its index among those of all ranks
 
 
