@@ -19,6 +19,12 @@ class Softmax(NamedTuple):
     sinks: Tensor | None = None  # [heads]: of this rank, of any floating type
     offsets: Tensor | None = None  # int64 [L]: elements from `sinks` to those of each of L layers
 
+    def of_kv_head(self, head: int, heads: int) -> Softmax:
+        """Of the query heads of one of `heads` KV heads, which divide the query heads evenly."""
+        if self.sinks is None:
+            return self
+        return self._replace(sinks=self.sinks.detach().view(heads, -1)[head])
+
     def of_layers(self, first: int, count: int) -> Softmax:
         """Of `count` of the L layers."""
         if self.offsets is None:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from express_vllm.softmax import Softmax
-
+from ..device import softmax_of
 from . import compiled
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class CpuDevice:
         of = self._layer
         return CpuPath(
             layer, of.first_kv_head, of.num_kv_heads, of.num_heads // of.num_kv_heads,
-            of.head_size, Softmax(of.scale, of.soft_cap, of.sinks),
+            of.head_size, softmax_of(of),
         )  # fmt: skip
 
 

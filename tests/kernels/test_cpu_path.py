@@ -4,7 +4,7 @@ import pytest
 import torch
 from budgets import resolve
 from cpu_layer import GROUP, KV_HEADS, Runner, chunks, drive, make_batch
-from softmaxes import of_kv_head, random_softmax
+from softmaxes import random_softmax
 
 from express_vllm.config import ServerConfig
 from express_vllm.layout import layout_for
@@ -54,7 +54,7 @@ def test_equals_the_oracle(head_size, dtype, options):
             seed=9,
             layer=3,
             kv_head=4 + head,
-            softmax=of_kv_head(softmax, head, GROUP),
+            softmax=softmax.of_kv_head(head, KV_HEADS),
             row_dtype=dtype,
         )
         query = batch[0].view(total, KV_HEADS, GROUP, head_size)[:, head].double()

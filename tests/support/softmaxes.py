@@ -5,16 +5,11 @@ import torch
 from express_vllm.softmax import Softmax
 
 
-def random_softmax(head_size, heads, cap=0.0, sinks=None, dtype=torch.float32):
+def random_softmax(
+    head_size, heads, cap=0.0, sinks=None, dtype=torch.float32, device="cpu", seed=0
+):
     """`sinks`: their mean over the query heads, None for none."""
     if sinks is not None:
-        spread = 2 * torch.randn(heads, generator=torch.Generator().manual_seed(heads))
-        sinks = (sinks + spread).to(dtype)
+        spread = 2 * torch.randn(heads, generator=torch.Generator().manual_seed(seed))
+        sinks = (sinks + spread).to(dtype).to(device)
     return Softmax(head_size**-0.5, cap, sinks)
-
-
-def of_kv_head(softmax, head, group):
-    """Of the `group` query heads of a KV head, as the oracle takes them."""
-    if softmax.sinks is None:
-        return softmax
-    return softmax._replace(sinks=softmax.sinks.detach().cpu().view(-1, group)[head])
