@@ -63,11 +63,12 @@ class ExpressBackend(AttentionBackend):
 
 
 #: What a layer may differ in.  Scales of a quantized cache go unused: `kv_cache_dtype` is checked.
-_FREE = {"head_size", "dtype", "kv_cache_dtype", "block_size", "use_per_head_quant_scales"}
+_FREE = {
+    "head_size", "dtype", "kv_cache_dtype", "block_size", "use_per_head_quant_scales", "has_sink",
+}  # fmt: skip
 _SELECTED = {
     "has_sliding_window": "sliding-window and chunked-local layers",
     "use_rswa": "sliding-window and chunked-local layers",
-    "has_sink": "attention sinks of the model",
     "use_mla": "MLA and sparse attention layers",
     "use_sparse": "MLA and sparse attention layers",
     "use_mm_prefix": "multimodal prefix attention",
@@ -77,9 +78,7 @@ _SELECTED = {
 _ARGUMENTS = {
     "alibi_slopes": "ALiBi slopes",
     "sliding_window": "sliding-window and chunked-local layers",
-    "logits_soft_cap": "logits soft caps",
     "kv_sharing_target_layer_name": "KV sharing between layers",
-    "sinks": "attention sinks of the model",
 }
 
 
@@ -107,12 +106,12 @@ class ExpressImpl(AttentionImpl[Any]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         arguments = {
             "alibi_slopes": alibi_slopes,
             "sliding_window": sliding_window,
-            "logits_soft_cap": logits_soft_cap or None,
             "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
             **kwargs,
         }
@@ -121,6 +120,8 @@ class ExpressImpl(AttentionImpl[Any]):
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
+        self.soft_cap = float(logits_soft_cap or 0.0)
+        self.sinks = sinks  # the model's own parameter: its weights are loaded later
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.first_kv_head = first_kv_head(self.num_kv_heads)

@@ -6,18 +6,26 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from express_vllm.softmax import Softmax
+
 #: What a device's metadata builder makes for a step.
 Plan = TypeVar("Plan", contravariant=True)
 
 
 class Layer(Protocol):
-    """The sizes of one layer on this rank."""
+    """The sizes of one layer on this rank, and its softmax (`express_vllm.softmax`)."""
 
     num_heads: int
     num_kv_heads: int
     head_size: int
     scale: float
+    soft_cap: float  # of logits; 0: none
+    sinks: Tensor | None  # logits of this rank's heads [heads], of the model's type or fp32
     first_kv_head: int  # its index among those of all ranks
+
+
+def softmax_of(layer: Layer) -> Softmax:
+    return Softmax(layer.scale, layer.soft_cap, layer.sinks)
 
 
 class Path(Protocol[Plan]):

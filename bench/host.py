@@ -30,6 +30,7 @@ from express_vllm.backend.kernels.memory import Memory, Workspace  # noqa: E402
 from express_vllm.backend.kernels.step import compact_pages  # noqa: E402
 from express_vllm.layout import Layout, layout_for  # noqa: E402
 from express_vllm.shape import Shape, make_shape  # noqa: E402
+from express_vllm.softmax import Softmax  # noqa: E402
 
 from . import record  # noqa: E402
 
@@ -95,7 +96,7 @@ class Decoding:
             if CUDA:
                 compact_pages(
                     made, self.cache[0], self.layers * self.cache[0].numel(), self.layers,
-                    self.table, 0, SIZE**-0.5, GROUP,
+                    self.table, 0, Softmax(SIZE**-0.5), GROUP,
                 )  # fmt: skip
         self.positions += 1
         self.rows.tables(self.index, self.positions, REQUESTS)

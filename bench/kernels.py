@@ -22,11 +22,13 @@ from express_vllm.backend.kernels import decode, step
 from express_vllm.backend.kernels.step import StepPlan, Tuning
 from express_vllm.layout import Layout, layout_for
 from express_vllm.shape import Shape, make_shape
+from express_vllm.softmax import Softmax
 
 from . import record
 
 HEADS, KV_HEADS, SIZE = 32, 8, 128
 GROUP, SCALE, BLOCK = HEADS // KV_HEADS, SIZE**-0.5, 16
+SOFTMAX = Softmax(SCALE)
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 #: Columns of the table; a row has a value for each, "-" where it does not apply.
 COLUMNS = (
@@ -94,7 +96,7 @@ class Prefill:
     def run(self) -> None:
         for s in self.steps:
             step.run_chunks(
-                s, *self.batch, self.cache, self.table, 0, 0, SCALE, self.output, side=self.side
+                s, *self.batch, self.cache, self.table, 0, 0, SOFTMAX, self.output, side=self.side
             )
 
     def compress(self, tuning: Tuning | None = None) -> list[tuple[step.Source, Tensor]]:
@@ -106,17 +108,17 @@ class Prefill:
             if not s.kind:
                 states.append((source, step.identity_lists(s)))
                 continue
-            scores = step.score_recent(s, query, self.cache, source, 1, SCALE, GROUP)
+            scores = step.score_recent(s, query, self.cache, source, 1, SOFTMAX, GROUP)
             model = step.Model.of(self.cache, GROUP)
             lists, _ = step.compact(
-                s, scores, source, KV_HEADS, model, s.zero, 0, SCALE, tuning=tuning
+                s, scores, source, KV_HEADS, model, s.zero, 0, SOFTMAX, tuning=tuning
             )
             states.append((source, lists))
         return states
 
     def attend(self, states: list[tuple[step.Source, Tensor]]) -> None:
         for s, (source, lists) in zip(self.steps, states, strict=True):
-            step.attend_chunks(s, self.batch[0], source, lists, KV_HEADS, SCALE, self.output)
+            step.attend_chunks(s, self.batch[0], source, lists, KV_HEADS, SOFTMAX, self.output)
 
 
 def sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], object]:
@@ -221,7 +223,9 @@ def decode_rows(requests: int, live: int) -> list[dict]:
     scratch = decode.DecodeScratch(requests, HEADS, SIZE, live, DEVICE)
 
     def run() -> None:
-        decode.decode_attention(query, cache, table, lengths, starts, steps, SCALE, scratch, output)
+        decode.decode_attention(
+            query, cache, table, lengths, starts, steps, SOFTMAX, scratch, output
+        )
 
     time_ms = milliseconds(run, 10)
     return [
@@ -250,7 +254,7 @@ def compaction_rows(slots: int, requests: int, layers: int) -> list[dict]:
     ids = torch.arange(layers, device=DEVICE)
 
     def run() -> None:
-        step.compact_pages(plan, cache[0], offsets, ids, table, 0, SCALE, GROUP)
+        step.compact_pages(plan, cache[0], offsets, ids, table, 0, SOFTMAX, GROUP)
 
     time_ms = milliseconds(run, 3)
     what = f"compaction {requests} requests x {layers} layers"

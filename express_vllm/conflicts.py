@@ -260,12 +260,12 @@ CONFLICTS = (
 LAYER_CONFLICTS = {
     "sliding-window and chunked-local layers": "vLLM's own backends run them, here express was to",
     "prefix-LM and other layers that are not causal": "halving follows the order of the tokens",
-    "attention sinks of the model": "a learned sink logit is not in the kernels",
+    "attention sinks of the model": "learned keys and values before those of the tokens are not in "
+    "the cache; learned logits are fine",
     "MLA and sparse attention layers": "they cache no keys and values per token",
     "multimodal prefix attention": "it is bidirectional over the prefix",
     "cross and encoder attention": "it is not causal self-attention",
     "ALiBi slopes": "they need every token's position, halving mixes them",
-    "logits soft caps": "they are not in the kernels",
     "KV sharing between layers": "a layer's queries would score another layer's heavy hitters",
     "values of another size than keys": "a slot holds a key and a value of one size",
     "layers that a model runs on another backend": "a request's blocks are counted for the layers "
@@ -273,6 +273,8 @@ LAYER_CONFLICTS = {
     "a KV cache of another type than the model's": "give the model's own as --kv-cache-dtype",
     "on GPUs, a head size that is no multiple of 8 or is above 256": "the Triton kernels read rows "
     "in pieces of 16 bytes and hold a whole one; on CPUs every size works",
+    "on GPUs, scales or soft caps that differ between layers": "one launch chooses the "
+    "heavy hitters of all layers",
 }
 
 

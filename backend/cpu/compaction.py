@@ -14,9 +14,11 @@ from express_vllm.layout import Event
 from express_vllm.rng import STREAM_COMPLEMENT, STREAM_DRAW, STREAM_SIGN
 from express_vllm.schedules import DRAW, Op
 from express_vllm.shape import RING_ROWS
+from express_vllm.softmax import Softmax
 
 from . import team
-from .scalar import as_pointer, fast_exp, mix, random_bits
+from .scalar import as_pointer, fast_exp, fast_tanh, mix, random_bits
+from .sinks import row_sinks
 
 _FAST = {"reassoc", "nsz", "arcp", "contract"}
 _GAUSSIAN, _EXPONENTIAL, _UNIFORM = 0, 1, 2
@@ -30,15 +32,33 @@ _OP = np.dtype([(name, np.int64) for name in Op._fields])
 
 
 @njit(fastmath=_FAST, cache=True)
-def attention_mass(rows, slots, log_weight, scale, mass):
+def attention_mass(rows, slots, log_weight, scale, cap, sinks, mass):
     """Attention that `rows` [R, d] pay to each live slot, summed over rows, into `mass` [live].
 
-    Row r is the query of the token in slot live - R + r and sees slots up to its own.
+    Row r is the query of the token in slot live - R + r and sees slots up to its own; its sink is
+    sinks[r].  `cap` 0: none.
     """
-    count, size = rows.shape
-    live = mass.shape[0]
+    count, live = rows.shape[0], mass.shape[0]
     scores = np.empty((live, count), np.float32)
-    for j in range(live):
+    if cap > np.float32(0.0):
+        _score_rows(rows, slots, np.zeros(live, np.float32), scale, scores)
+        inverse = np.float32(1.0) / cap
+        for j in range(live):
+            for r in range(count):
+                scores[j, r] = cap * fast_tanh(scores[j, r] * inverse) + log_weight[j]
+    else:
+        _score_rows(rows, slots, log_weight, scale, scores)
+    for j in range(live - count + 1, live):
+        for r in range(j - (live - count)):
+            scores[j, r] = np.float32(-3.0e38)
+    _sum_shares(scores, sinks, mass)
+
+
+@njit(fastmath=_FAST, cache=True)
+def _score_rows(rows, slots, log_weight, scale, scores):
+    """scores[j, r] = scale <row r, key of slot j> + log w_j."""
+    count, size = rows.shape
+    for j in range(scores.shape[0]):
         key, bias = slots[j], log_weight[j]
         for r in range(0, count, 4):
             s0 = s1 = s2 = s3 = np.float32(0.0)
@@ -52,14 +72,19 @@ def attention_mass(rows, slots, log_weight, scale, mass):
             scores[j, r + 1] = s1 * scale + bias
             scores[j, r + 2] = s2 * scale + bias
             scores[j, r + 3] = s3 * scale + bias
-    for j in range(live - count + 1, live):
-        for r in range(j - (live - count)):
-            scores[j, r] = np.float32(-3.0e38)
-    peak = np.full(count, np.float32(-3.0e38))
-    total = np.zeros(count, np.float32)
+
+
+@njit(fastmath=_FAST, cache=True)
+def _sum_shares(scores, sinks, mass):
+    """Softmax of scores [live, R] and sinks [R] over the slots, summed over rows."""
+    live, count = scores.shape
+    peak = sinks.copy()
     for j in range(live):
         for r in range(count):
             peak[r] = max(peak[r], scores[j, r])
+    total = np.empty(count, np.float32)
+    for r in range(count):
+        total[r] = fast_exp(sinks[r] - peak[r])
     for j in range(live):
         for r in range(count):
             scores[j, r] = fast_exp(scores[j, r] - peak[r])
@@ -257,9 +282,11 @@ class _Parameters:
     target: int
     rows: int
     log_weight: int
+    row_sinks: int
     order: int
     ops: int
     scale: float
+    cap: float
 
 
 _RECORD = team.Record(_Parameters)
@@ -267,15 +294,15 @@ _FIELDS = _RECORD.dtype
 
 
 @njit(cache=True)
-def compact_head(source, target, rows, log_weight, order, ops, event_key, event):
+def compact_head(source, target, rows, row_sinks, log_weight, order, ops, event_key, event):
     """Run one event, whose sizes are fields of the record `event`: source [slots, 2 d] -> target,
-    the kept slots in `order`; -> live slots."""
+    the kept slots in `order`; -> live slots.  row_sinks [R]: of the query rows [R, d]."""
     live = log_weight.shape[0]
     for j in range(live):
         order[j] = j
     if event.heavy > 0:
         mass = np.empty(live, np.float32)
-        attention_mass(rows, source, log_weight, event.scale, mass)
+        attention_mass(rows, source, log_weight, event.scale, event.cap, row_sinks, mass)
         keep_heavy(order, mass, event.sinks, event.heavy, event.incoming_start, event.incoming)
     for index in range(ops.shape[0]):
         op = ops[index]
@@ -320,6 +347,7 @@ def _compact(pointer):
     source = carray(as_pointer(p.source), slots, np.float32)
     target = carray(as_pointer(p.target), slots, np.float32)
     rows = carray(as_pointer(p.rows), (p.heads, RING_ROWS, p.size), np.float32)
+    row_sinks = carray(as_pointer(p.row_sinks), (p.heads, RING_ROWS), np.float32)
     log_weight = carray(as_pointer(p.log_weight), p.live, np.float32)
     order = carray(as_pointer(p.order), (p.heads, p.live), np.int64)
     ops = carray(as_pointer(p.ops), p.op_count, _OP)
@@ -329,7 +357,8 @@ def _compact(pointer):
             return
         key = _event_key(p.seed, p.layer, p.first_head + head, p.position)
         compact_head(
-            source[head], target[head], rows[head], log_weight, order[head], ops, key, p
+            source[head], target[head], rows[head], row_sinks[head], log_weight, order[head], ops,
+            key, p,
         )  # fmt: skip
 
 
@@ -339,8 +368,9 @@ def operations(event: Event) -> np.ndarray:
 
 
 def compact(
-    source, target, rows, log_weight, event_plan, *, seed, layer, first_head, scale, kernel
-):
+    source, target, rows, log_weight, event_plan, *, seed, layer, first_head, softmax: Softmax,
+    kernel,
+):  # fmt: skip
     """Run one event for every KV head of a layer.
 
     source, target: fp32 [KV heads, slots, 2 d], contiguous; the event's live slots are read from
@@ -352,6 +382,7 @@ def compact(
     event, shape, ops = event_plan
     heads, capacity, width = source.shape
     order = np.empty((heads, event.live_before), np.int64)
+    sinks = row_sinks(softmax, heads)
     team.run(
         _compact, _RECORD, heads,
         {
@@ -373,9 +404,11 @@ def compact(
             "target": target.ctypes.data,
             "rows": rows.ctypes.data,
             "log_weight": log_weight.ctypes.data,
+            "row_sinks": sinks.ctypes.data,
             "order": order.ctypes.data,
             "ops": ops.ctypes.data,
-            "scale": scale,
+            "scale": softmax.scale,
+            "cap": softmax.cap,
         },
     )  # fmt: skip
     return order

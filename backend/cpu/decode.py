@@ -6,14 +6,19 @@ does not depend on the batch or on the number of threads.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numba import carray, cfunc, njit
 
+from express_vllm.softmax import Softmax
+
 from . import team
-from .scalar import RAW, as_pointer, fast_exp, widen
+from .scalar import RAW, as_pointer, fast_exp, fast_tanh, widen
+from .sinks import head_sinks
 
 SPLIT = 256
 _FAST = {"reassoc", "nsz", "arcp", "contract"}
@@ -96,6 +101,7 @@ class _Parameters:
     tasks_at: int
     partial_at: int
     scale: float
+    cap: float
 
 
 _RECORD = team.Record(_Parameters)
@@ -119,6 +125,19 @@ def _score(cache, bases, queries, bias, biased, scale, size, scores):
             s3 += q3[c] * x
         scores[0, i], scores[1, i] = s0 * scale + extra, s1 * scale + extra
         scores[2, i], scores[3, i] = s2 * scale + extra, s3 * scale + extra
+
+
+@njit(fastmath=_FAST, forceinline=True)
+def _cap(scores, bias, biased, cap, count):
+    """Soft caps of `_score`'s scores, and the log-weights that it left out."""
+    inverse = np.float32(1.0) / cap
+    for g in range(_HEADS):
+        line = scores[g, :count]
+        for i in range(count):
+            line[i] = cap * fast_tanh(line[i] * inverse)
+        if biased:
+            for i in range(count):
+                line[i] += bias[i]
 
 
 @njit(fastmath=_FAST, forceinline=True)
@@ -149,14 +168,18 @@ def _accumulate(cache, bases, scores, size, sums):
 
 
 @njit(fastmath=_FAST, forceinline=True)
-def _attend(cache, bases, queries, bias, biased, scale, size, out, scores, padded, sums):
+def _attend(
+    cache, bases, queries, bias, biased, scale, capped, cap, size, out, scores, padded, sums
+):  # fmt: skip
     """One split: softmax numerator, peak and total of queries [G, d] into out [G, d + 2]."""
     group, count = queries.shape[0], bases.shape[0]
     for first in range(0, group, _HEADS):
         heads = min(_HEADS, group - first)
         for g in range(_HEADS):
             padded[g] = queries[first + min(g, heads - 1)]
-        _score(cache, bases, padded, bias, biased, scale, size, scores)
+        _score(cache, bases, padded, bias, biased and not capped, scale, size, scores)
+        if capped:
+            _cap(scores, bias, biased, cap, count)
         for g in range(_HEADS):
             peak = np.float32(-3.0e38)
             for i in range(count):
@@ -176,8 +199,9 @@ def _attend(cache, bases, queries, bias, biased, scale, size, out, scores, padde
             out[first + g, :size] = sums[g]
 
 
-def _split_kernel(raw: type):
-    """The compiled split kernel for one storage type, as `widen` reads it.
+def _split_kernel(raw: type, capped: bool):
+    """The compiled split kernel for one storage type, as `widen` reads it, of logits with or
+    without a soft cap.
 
     Its closure holds nothing compiled: numba would find no such kernel in its cache again, and
     compile it in every process.  LLVM must inline its helpers: else a kernel from the cache may
@@ -228,27 +252,34 @@ def _split_kernel(raw: type):
             biased = start >= 0
             slice_ = bias[start + first : start + first + count] if biased else bias[:0]
             _attend(
-                cache, bases[:count], queries[request, head], slice_, biased, scale, size,
-                partial[item, head], scores, padded, sums,
+                cache, bases[:count], queries[request, head], slice_, biased, scale, capped, p.cap,
+                size, partial[item, head], scores, padded, sums,
             )  # fmt: skip
 
     return kernel
 
 
-_KERNELS = {dtype: _split_kernel(raw) for dtype, raw in RAW.items()}
+@functools.cache
+def kernels(capped: bool) -> dict[torch.dtype, Any]:
+    """Split kernels by storage type, compiled or loaded when they are first asked for."""
+    return {dtype: _split_kernel(raw, capped) for dtype, raw in RAW.items()}
+
+
+kernels(capped=False)
 
 
 @njit(fastmath=_FAST, cache=True)
-def _merge(partial, firsts, out):
-    """Combine a request's splits in slot order: partial [N, KV, G, d + 2] -> out [R, KV, G, d]."""
+def _merge(partial, firsts, sinks, out):
+    """Combine the sinks [KV, G] and a request's splits in slot order: partial [N, KV, G, d + 2]
+    -> out [R, KV, G, d]."""
     requests, heads, group, size = out.shape
     for r in range(requests):
         for h in range(heads):
             for g in range(group):
-                peak = np.float32(-3.0e38)
+                peak = sinks[h, g]
                 for item in range(firsts[r], firsts[r + 1]):
                     peak = max(peak, partial[item, h, g, size])
-                total = np.float32(0.0)
+                total = fast_exp(sinks[h, g] - peak)
                 line = out[r, h, g]
                 for c in range(size):
                     line[c] = np.float32(0.0)
@@ -269,7 +300,7 @@ def decode_attention(
     values: torch.Tensor,
     kv_cache: torch.Tensor,
     batch: DecodeBatch,
-    scale: float,
+    softmax: Softmax,
 ) -> torch.Tensor:
     """Write each request's new key and value to its last live slot, then attend to all of them.
 
@@ -284,7 +315,7 @@ def decode_attention(
     key_token, key_head, _ = keys.stride()
     value_token, value_head, _ = values.stride()
     team.run(
-        _KERNELS[kv_cache.dtype], _RECORD, items * heads,
+        kernels(bool(softmax.cap))[kv_cache.dtype], _RECORD, items * heads,
         {
             "heads": heads,
             "group": group,
@@ -309,10 +340,11 @@ def decode_attention(
             "values_at": values.data_ptr(),
             "queries_at": queries.data_ptr(),
             "partial_at": partial.ctypes.data,
-            "scale": scale,
+            "scale": softmax.scale,
+            "cap": softmax.cap,
             **batch.addresses,
         },
     )  # fmt: skip
     out = np.empty(tuple(queries.shape), np.float32)
-    _merge(partial, batch.firsts, out)
+    _merge(partial, batch.firsts, head_sinks(softmax, heads, group), out)
     return torch.from_numpy(out)

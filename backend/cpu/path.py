@@ -11,6 +11,7 @@ from torch import Tensor
 
 from express_vllm.layout import Layout
 from express_vllm.shape import RING_ROWS
+from express_vllm.softmax import Softmax
 
 from .. import timing
 from .compaction import compact
@@ -32,7 +33,7 @@ class CpuPath:
         kv_heads: int,
         group_size: int,
         size: int,
-        scale: float,
+        softmax: Softmax,
         kernel: str | None = None,
     ) -> None:
         self.layer = layer
@@ -40,7 +41,7 @@ class CpuPath:
         self.kv_heads = kv_heads
         self.group_size = group_size  # query heads of a KV head
         self.size = size
-        self.scale = scale
+        self.softmax = softmax
         self.kernel = kernel
 
     def forward(
@@ -61,7 +62,7 @@ class CpuPath:
             self._dense(query, key, value, kv_cache, dense, output)
         if plan.decode is not None:
             rows = query[plan.decode.rows].float().contiguous()
-            result = decode_attention(rows, key, value, kv_cache, plan.decode, self.scale)
+            result = decode_attention(rows, key, value, kv_cache, plan.decode, self.softmax)
             output[plan.decode.rows] = result.to(output.dtype)
         if plan.ring is not None:
             self._write_ring(query, kv_cache, plan.ring)
@@ -104,7 +105,7 @@ class CpuPath:
                 state[:, piece.live : piece.live + length] = new[:, offset : offset + length]
                 attend_piece(
                     queries[offset : offset + length], state[:, : piece.live + length],
-                    piece.bias, self.scale, output[rows][offset : offset + length],
+                    piece.bias, self.softmax, output[rows][offset : offset + length],
                 )  # fmt: skip
             if piece.compaction is not None:
                 spare = torch.empty_like(state) if spare is None else spare
@@ -131,7 +132,8 @@ class CpuPath:
         compact(
             state.numpy(), target.numpy(), rows, compaction.log_weight,
             (compaction.event, shape, compaction.ops), seed=chunk.seed, layer=self.layer,
-            first_head=self.first_kv_head, scale=self.scale, kernel=self.kernel or shape.kernel,
+            first_head=self.first_kv_head, softmax=self.softmax,
+            kernel=self.kernel or shape.kernel,
         )  # fmt: skip
         timing.add(time.perf_counter() - begin)
 

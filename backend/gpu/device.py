@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..device import softmax_of
 from ..kernels.constants import Model
 from ..kernels.scratch import Side
 from .memory import EngineMemory
@@ -36,4 +37,5 @@ class GpuDevice:
             self.memory.reserve()
 
     def path(self, layer: int) -> GpuPath:
-        return GpuPath(layer, self._layer.first_kv_head, self._layer.scale, self._scratch)
+        of = self._layer
+        return GpuPath(layer, of.first_kv_head, softmax_of(of), self._scratch)

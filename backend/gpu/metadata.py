@@ -22,6 +22,8 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
+from express_vllm.softmax import Softmax
+
 from ..batch import Batch
 from ..chunk import Chunk
 from ..indices import layer_index
@@ -34,6 +36,7 @@ from ..kernels.span import Extent, Span
 from ..kernels.step import compact_pages
 from ..pages import slot_pages
 from .decodes import DecodeRows, DecodeTables
+from .joint import joint_softmax, require_alike
 from .memory import EngineMemory
 from .timer import CompactionTimer
 
@@ -66,12 +69,16 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
         self.wide = kv_cache_spec.factor > 1
         self._rows = DecodeRows(self.wide, vllm_config.scheduler_config.max_num_seqs, device)
         self._timer = CompactionTimer(device)
+        require_alike([layer.impl for layer in self._layers()])
+
+    def _layers(self) -> list[Any]:
+        context = self.vllm_config.compilation_config.static_forward_context
+        return [context[name] for name in self.layer_names]
 
     @cached_property
     def layers(self) -> Layers:
         """Known once the caches are bound, which is after this builder is made."""
-        context = self.vllm_config.compilation_config.static_forward_context
-        return Layers.of([context[name] for name in self.layer_names])
+        return Layers.of(self._layers())
 
     def build(
         self,
@@ -103,7 +110,7 @@ class ExpressMetadataBuilder(AttentionMetadataBuilder[ExpressMetadata]):
         for plan in self._plans(spans, decodes_fit(layers.side, layers.memory.limit), 0):
             compact_pages(
                 plan, layers.cache, layers.offsets, layers.ids, table, layers.first_kv_head,
-                layers.scale, layers.group_size,
+                layers.softmax, layers.group_size,
             )  # fmt: skip
 
     def _chunks(self, batch: Batch) -> list[StepPlan]:
@@ -144,7 +151,7 @@ class Layers:
     kv_heads: int
     group_size: int  # query heads of a KV head
     first_kv_head: int
-    scale: float
+    softmax: Softmax
     memory: EngineMemory
 
     @property
@@ -161,6 +168,6 @@ class Layers:
         return cls(
             cache, torch.tensor(offsets, dtype=torch.int64).to(cache.device),
             torch.tensor(ids, dtype=torch.int64).to(cache.device), impl.num_kv_heads,
-            impl.num_heads // impl.num_kv_heads, impl.first_kv_head, impl.scale,
-            impl._device.memory,
+            impl.num_heads // impl.num_kv_heads, impl.first_kv_head,
+            joint_softmax([layer.impl for layer in layers]), impl._device.memory,
         )  # fmt: skip

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from express_vllm.softmax import Softmax
+
 from ..kernels.decode import DecodeScratch, decode_attention, store_tokens
 from ..kernels.step import run_chunks
 
@@ -19,11 +21,11 @@ class GpuPath:
     """Runs a step's plan for one layer."""
 
     def __init__(
-        self, layer: int, first_kv_head: int, scale: float, scratch: DecodeScratch
+        self, layer: int, first_kv_head: int, softmax: Softmax, scratch: DecodeScratch
     ) -> None:
         self.layer = layer
         self.first_kv_head = first_kv_head
-        self.scale = scale
+        self.softmax = softmax
         self.scratch = scratch
         self.side = side_stream(scratch.part.device)
 
@@ -47,12 +49,12 @@ class GpuPath:
             )  # fmt: skip
             decode_attention(
                 query[rows], kv_cache, plan.table, decodes.live, decodes.starts, decodes.rises,
-                self.scale, self.scratch, output[rows],
+                self.softmax, self.scratch, output[rows],
             )  # fmt: skip
         for chunk in plan.chunks:
             run_chunks(
                 chunk, query, key, value, kv_cache, plan.table, self.layer, self.first_kv_head,
-                self.scale, output, side=self.side, timed=plan.timer.span,
+                self.softmax, output, side=self.side, timed=plan.timer.span,
             )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,15 +37,21 @@ def warm_up(vllm_config: VllmConfig, device: torch.device) -> None:
     settings = Settings.of(vllm_config)
     shape = made_up(settings.config, settings.most_slots)
     count = 64 if shape.exact else layout_for(shape).position(1)
-    for layer in {x.kv_cache.shape: x for x in found}.values():
+    for layer in {_variant(x): x for x in found}.values():
         layers = Layers.of([layer])
         _, kv_heads, block_size, width = layers.cache.shape
         warm.warm_up(
             layout_for(shape), count, kv_heads, layers.group_size, width // 2, layers.cache.dtype,
-            block_size, device,
+            block_size, layers.softmax, device,
         )  # fmt: skip
     torch.accelerator.synchronize()
     logger.info("express: GPU kernels ready after %.1f s", time.monotonic() - start)
+
+
+def _variant(layer: Any) -> tuple:
+    """What decides which kernels run a layer."""
+    impl = layer.impl
+    return layer.kv_cache.shape, bool(impl.soft_cap), impl.sinks is None
 
 
 def made_up(config: ServerConfig, cap: int) -> Shape:

@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 import triton.language as tl
 from torch import Tensor
 
+from express_vllm.softmax import Softmax
+
+LOG2E = 1.4426950408889634
+
 
 class Tokens(NamedTuple):
     """One row a token and head of the batch: queries, keys, values or outputs [T, heads, d]."""
@@ -36,6 +40,25 @@ class Pages(NamedTuple):
     def of(cls, kv_cache: Tensor, table: Tensor) -> Pages:
         page, head, slot, _ = kv_cache.stride()
         return cls(kv_cache, table, page, head, slot, table.stride(0))
+
+
+class Logits(NamedTuple):
+    """A `Softmax`, as `logits.py` reads it.  `scale` takes products q.k to logits; with a cap, to
+    the exponent of 2 from which their tanh follows."""
+
+    sinks: Tensor  # [heads] of the first layer; where there are none, unread, as the offsets
+    sink_offsets: Tensor  # int64 [L]: element offset of each layer's sinks from `sinks`
+    scale: float
+    cap: float
+
+    @classmethod
+    def of(cls, softmax: Softmax, zero: Tensor, unit: float = 1.0) -> Logits:
+        """`zero`: int64 [1] of the device, 0; `unit`: of a natural logit, LOG2E in base 2."""
+        cap, sinks, offsets = softmax.cap, softmax.sinks, softmax.offsets
+        return cls(
+            zero if sinks is None else sinks.detach(), zero if offsets is None else offsets,
+            2.0 * LOG2E * softmax.scale / cap if cap else unit * softmax.scale, unit * cap,
+        )  # fmt: skip
 
 
 class Source(NamedTuple):

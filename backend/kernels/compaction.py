@@ -25,7 +25,7 @@ import triton.language as tl
 from express_vllm.rng import STREAM_DRAW
 from express_vllm.schedules import DRAW
 
-from .arguments import Heads, Scores, Source, Tables, Work
+from .arguments import Heads, Logits, Scores, Source, Tables, Work
 from .columns import EVENT, OP, REQUEST, ROUND
 from .halving import Entries, Scratch, differences, entry, keep, load_groups, points, walk
 from .launch import kernel
@@ -62,7 +62,7 @@ class Shared(NamedTuple):
 @kernel
 def compact_kernel(
     tables: Tables, scores: Scores, source: Source, work: Work, heads: Heads,
-    scale: float, root: float,  # of the softmax; 1 / sqrt(d) of the halving kernel
+    logits: Logits, root: float,  # 1 / sqrt(d) of the halving kernel
     C: tl.constexpr,
 ):  # fmt: skip
     """Work off the events of every request, layer and KV head: a team takes one after the other."""
@@ -83,7 +83,7 @@ def compact_kernel(
         for e in range(event_count):
             meetings = run_event(
                 task, first_event + e, e, tables, scores, heads, work, team, p_virtuals, scratch,
-                shared, meetings, scale, root, C,
+                shared, meetings, logits, root, C,
             )  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def begin(task, p_virtuals, team, C: tl.constexpr):
 @triton.jit
 def run_event(
     task, i_event, e, tables, scores, heads, work, team, p_virtuals, scratch, shared, meetings,
-    scale, root, C: tl.constexpr,
+    logits, root, C: tl.constexpr,
 ):  # fmt: skip
     """Run a task's event e, the step's `i_event`, and write its list -> the team's meetings."""
     event = tables.events + i_event * EVENT.words
@@ -161,7 +161,7 @@ def run_event(
     if C.heavy:
         meetings = select(
             task, event, i_event, recent, entries.virtual, tables, scores, heads, team,
-            shared.parts + copy * (2 * ROWS * C.slices), shared.bits, meetings, scale, C,
+            shared.parts + copy * (2 * ROWS * C.slices), shared.bits, meetings, logits, C,
         )  # fmt: skip
     else:
         for j in range(0, incoming, C.wide):
@@ -194,7 +194,7 @@ def first_points(tables, round_first, round_count, team, C: tl.constexpr):
 @triton.jit
 def select(
     task, event, i_event, recent, p_virtual, tables, scores, heads, team, p_part, p_bits, meetings,
-    scale, C: tl.constexpr,
+    logits, C: tl.constexpr,
 ):  # fmt: skip
     """Choose an event's heavy hitters: rewrite the virtual ids -> the team's meetings."""
     stored, incoming = tl.load(event + EVENT.stored), tl.load(event + EVENT.incoming)
@@ -211,7 +211,7 @@ def select(
     p_score = scores.score + i_score * ROWS
     score_stored(
         b_q, p_virtual, tables.bias + tl.load(event + EVENT.bias), task.slots, p_score, p_part,
-        scale, team, stored, sinks, heavy, C,
+        logits, team, stored, sinks, heavy, C,
     )  # fmt: skip
     meetings += team.size
     meet(team, meetings)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from express_vllm.softmax import Softmax
+
 from .events import TILE_POINTS, Kind
 from .launch import Launch
 
@@ -50,15 +52,21 @@ class Model(NamedTuple):
     group: int  # query heads of a KV head
     itemsize: int
     block_size: int
+    capped: bool = False  # whether logits have a soft cap
+    sinks: bool = False  # whether query heads have sinks
 
     @property
     def padded(self) -> int:
         return 1 << (self.size - 1).bit_length()
 
     @classmethod
-    def of(cls, kv_cache: Tensor, group: int) -> Model:
-        """kv_cache [blocks, KV heads, block size, 2 d]."""
-        return cls(kv_cache.shape[3] // 2, group, kv_cache.element_size(), kv_cache.shape[2])
+    def of(cls, kv_cache: Tensor, group: int, softmax: Softmax | None = None) -> Model:
+        """kv_cache [blocks, KV heads, block size, 2 d]; `softmax`: for kernels that attend."""
+        model = cls(kv_cache.shape[3] // 2, group, kv_cache.element_size(), kv_cache.shape[2])
+        return model.attending(softmax) if softmax else model
+
+    def attending(self, softmax: Softmax) -> Model:
+        return self._replace(capped=bool(softmax.cap), sinks=softmax.sinks is not None)
 
 
 class Rows(NamedTuple):
@@ -88,6 +96,8 @@ class Scoring(NamedTuple):
     block_size: int  # slots of a source's page; 0: not paged
     ring_block: int  # slots of a page
     has_new: bool  # whether query rows may be the step's own
+    capped: bool
+    sinks: bool
 
 
 class Compaction(NamedTuple):
@@ -107,6 +117,7 @@ class Compaction(NamedTuple):
     kind: int  # of the halving kernel
     long: bool  # groups of any number of tiles, one at a time
     wide: int  # entries that a program copies at a time
+    capped: bool
 
 
 class Attention(NamedTuple):
@@ -117,6 +128,8 @@ class Attention(NamedTuple):
     padded: int
     rows: int  # of a query tile
     block: int  # slots at a time
+    capped: bool
+    sinks: bool
 
 
 class Decode(NamedTuple):
@@ -130,6 +143,8 @@ class Decode(NamedTuple):
     split: int  # least slots of a split
     segments: int
     block_size: int
+    capped: bool
+    sinks: bool
 
 
 @lru_cache
@@ -155,6 +170,7 @@ def compaction(kind: Kind, model: Model, paged: bool) -> Launch:
             kind=EXPONENTIAL if kind.kernel == "exponential" else GAUSSIAN,
             long=kind.long,
             wide=_WIDE,
+            capped=model.capped and kind.heavy,
         ),
         warps=8,
     )
@@ -176,7 +192,7 @@ def recent_scores(model: Model, paged: bool) -> Launch:
     return Launch(
         Scoring(
             model.size, model.padded, model.group, _scored(model), model.block_size if paged else 0,
-            model.block_size, not paged,
+            model.block_size, not paged, model.capped, model.sinks,
         ),
         stages=2,
     )  # fmt: skip
@@ -197,7 +213,9 @@ def prefill(model: Model) -> Launch:
         block, stages, registers = 32, 3, 128
     elif model.padded == 128:  # each fp32 operand is there in two parts
         block, stages = 16, 2
-    constants = Attention(model.group, model.size, model.padded, rows, block)
+    constants = Attention(
+        model.group, model.size, model.padded, rows, block, model.capped, model.sinks
+    )
     return Launch(constants, 8, stages, registers)
 
 
@@ -217,5 +235,6 @@ def decode(model: Model, block: int = 0, warps: int = 0) -> Launch:
     constants = Decode(
         model.group, max(16, 1 << (model.group - 1).bit_length()), model.size, model.padded,
         block or (128 if model.padded <= 128 else 64), SPLIT, MAX_SEGMENTS, model.block_size,
+        model.capped, model.sinks,
     )  # fmt: skip
     return Launch(constants, warps or 4)

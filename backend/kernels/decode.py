@@ -18,11 +18,13 @@ from torch import Tensor
 
 from express_vllm.layout import Segment
 from express_vllm.shape import RING_ROWS
+from express_vllm.softmax import Softmax
 
 from . import constants
-from .arguments import Decodes, Pages, Tokens
+from .arguments import LOG2E, Decodes, Logits, Pages, Tokens
 from .constants import MAX_SEGMENTS, MAX_SPLITS, SPLIT, Model
 from .launch import kernel, launch
+from .logits import sink_logits, to_logits
 from .rows import ROWS, page_slots, slot_rows, wide
 
 
@@ -45,7 +47,7 @@ def split_length(count, splits, SPLIT: tl.constexpr):
 
 
 @kernel
-def decode_kernel(query: Tokens, pages: Pages, batch: Decodes, scale2: float, C: tl.constexpr):
+def decode_kernel(query: Tokens, pages: Pages, batch: Decodes, logits: Logits, C: tl.constexpr):
     """Softmax over one split of one request's slots, unnormalised, for a KV head's query heads."""
     i_split, i_head, i_request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     count = tl.load(batch.live + i_request)
@@ -62,7 +64,7 @@ def decode_kernel(query: Tokens, pages: Pages, batch: Decodes, scale2: float, C:
     p_query += i_query_head * wide(query.head)
     b_q = tl.load(p_query[:, None] + o_d[None, :], mask=m, other=0.0)
     slots = page_slots(pages, i_request.to(tl.int64), i_head, C.size)
-    b_acc, b_most, b_sum = attend_split(b_q, slots, batch, i_request, begin, end, scale2, C)
+    b_acc, b_most, b_sum = attend_split(b_q, slots, batch, i_request, begin, end, logits, C)
     heads = tl.num_programs(1) * C.group
     i_part = (i_request.to(tl.int64) * heads + i_query_head) * batch.splits + i_split
     tl.store(batch.part + i_part[:, None] * C.size + o_d[None, :], b_acc, mask=m)
@@ -71,7 +73,7 @@ def decode_kernel(query: Tokens, pages: Pages, batch: Decodes, scale2: float, C:
 
 
 @triton.jit
-def attend_split(b_q, slots, batch, i_request, begin, end, scale2, C: tl.constexpr):
+def attend_split(b_q, slots, batch, i_request, begin, end, logits, C: tl.constexpr):
     """Numerators [M, d], maxima and sums of exponentials [M] over slots [begin, end)."""
     o_n, o_d, o_s = tl.arange(0, C.block), tl.arange(0, C.padded), tl.arange(0, C.segments)
     m_d = o_d < C.size
@@ -88,7 +90,8 @@ def attend_split(b_q, slots, batch, i_request, begin, end, scale2, C: tl.constex
         b_k = tl.load(p_row[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
         b_v = tl.load(p_row[:, None] + slots.value + o_d[None, :], mask=m_d[None, :], other=0.0)
         b_bias = tl.sum(tl.where(b_start[None, :] <= i_slot[:, None], b_step[None, :], 0.0), 1)
-        b_score = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * scale2 + b_bias[None, :]
+        b_dot = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3")
+        b_score = to_logits(b_dot, logits, C) + b_bias[None, :]
         b_score = tl.where(m_slot[None, :], b_score, -1.0e30)
         b_new = tl.maximum(b_most, tl.max(b_score, 1))
         b_share = tl.where(m_slot[None, :], tl.exp2(b_score - b_new[:, None]), 0.0)
@@ -101,8 +104,9 @@ def attend_split(b_q, slots, batch, i_request, begin, end, scale2, C: tl.constex
 
 
 @kernel
-def combine_kernel(output: Tokens, batch: Decodes, C: tl.constexpr):
-    """Add up a query head's splits in order; padding requests (live = 0) give zeros."""
+def combine_kernel(output: Tokens, batch: Decodes, logits: Logits, C: tl.constexpr):
+    """Add up a query head's splits in order, from its sink on; padding requests (live = 0) give
+    zeros."""
     i_head, i_request = tl.program_id(0), tl.program_id(1)
     count = tl.load(batch.live + i_request)
     o_d = tl.arange(0, C.padded)
@@ -111,6 +115,8 @@ def combine_kernel(output: Tokens, batch: Decodes, C: tl.constexpr):
     b_acc = tl.zeros([C.padded], tl.float32)
     most = tl.full([], -1.0e30, tl.float32)
     total = tl.full([], 0.0, tl.float32)
+    if C.sinks:
+        most, total = sink_logits(logits, 0, i_head) * 1.4426950408889634, total + 1.0
     for i in range(tl.cdiv(count, split_length(count, batch.splits, C.split))):
         peak = tl.load(batch.norm + 2 * (i_part + i))
         sums = tl.load(batch.norm + 2 * (i_part + i) + 1)
@@ -163,13 +169,14 @@ class DecodeScratch:
         shape = (requests, heads, self.splits)
         self.part = torch.empty(*shape, size, dtype=torch.float32, device=device)
         self.norm = torch.empty(*shape, 2, dtype=torch.float32, device=device)
+        self.zero = torch.zeros(1, dtype=torch.int64, device=device)  # offset of the only sinks
 
 
 def decode_attention(
     query: Tensor, kv_cache: Tensor, table: Tensor, live: Tensor, starts: Tensor, steps: Tensor,
-    scale: float, scratch: DecodeScratch, output: Tensor, *, block: int = 0, warps: int = 0,
+    softmax: Softmax, scratch: DecodeScratch, output: Tensor, *, block: int = 0, warps: int = 0,
 ) -> Tensor:  # fmt: skip
-    """softmax(scale q.k + log w) v of each request's token, its own slot included.
+    """Weighted attention of each request's token, its own slot included, by `softmax`.
 
     query, output [R, heads, d]; kv_cache [blocks, KV heads, block size, 2 d], key | value; table
     [R, blocks] int32; live [R] int32 (0: padding, its output is 0); starts, steps
@@ -178,13 +185,17 @@ def decode_attention(
     """
     requests, heads, _ = query.shape
     kv_heads = kv_cache.shape[1]
-    variant = constants.decode(Model.of(kv_cache, heads // kv_heads), block, warps)
+    variant = constants.decode(Model.of(kv_cache, heads // kv_heads, softmax), block, warps)
+    logits = Logits.of(softmax, scratch.zero, LOG2E)
     batch = Decodes(live, starts, steps, scratch.part, scratch.norm, scratch.splits)
     launch(
         decode_kernel, (scratch.splits, kv_heads, requests),
-        (Tokens.of(query), Pages.of(kv_cache, table), batch, scale * 1.4426950408889634), variant,
+        (Tokens.of(query), Pages.of(kv_cache, table), batch, logits), variant,
     )  # fmt: skip
-    launch(combine_kernel, (heads, requests), (Tokens.of(output), batch), variant._replace(warps=1))
+    launch(
+        combine_kernel, (heads, requests), (Tokens.of(output), batch, logits),
+        variant._replace(warps=1),
+    )  # fmt: skip
     return output
 
 

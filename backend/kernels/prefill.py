@@ -11,21 +11,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from express_vllm.softmax import Softmax
+
 from . import constants
-from .arguments import Source, Tables, Tokens, Work
+from .arguments import LOG2E, Logits, Source, Tables, Tokens, Work
 from .columns import REQUEST, TILE
 from .constants import Model
 from .launch import Launch, kernel, launch
+from .logits import sink_logits, to_logits
 from .plan import StepPlan
 from .rows import slot_rows, source_slots, wide
 from .team import wait_until
 
-_LOG2E = 1.4426950408889634
-
 
 @triton.jit
 def attend_tile(
-    b_q, b_acc, b_most, b_sum, i_slot, slots, b_bias, m_seen, scale2, C: tl.constexpr,
+    b_q, b_acc, b_most, b_sum, i_slot, slots, b_bias, m_seen, logits, C: tl.constexpr,
     WEIGHTED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax, base 2, over slots i_slot [N]."""
@@ -38,7 +39,7 @@ def attend_tile(
         b_k = tl.load(p_k[:, None] + o_d[None, :])
     else:
         b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_d, other=0.0)
-    b_score = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale2
+    b_score = to_logits(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), logits, C)
     if WEIGHTED:
         b_score += b_bias[None, :]
     if MASKED:
@@ -61,7 +62,7 @@ def prefill_kernel(
     query: Tokens, output: Tokens, source: Source, tables: Tables,
     lists,
     progress,  # int32 [R, H]: lists that are written
-    scale2: float, heads: tl.int32,
+    logits: Logits, heads: tl.int32,
     wait: tl.int32,  # whether lists are written while this runs
     C: tl.constexpr,
 ):  # fmt: skip
@@ -86,9 +87,11 @@ def prefill_kernel(
     p_query = query.data + o_row * wide(query.token)
     p_query += i_query_head * wide(query.head)
     b_q = tl.load(p_query[:, None] + o_d[None, :], mask=m, other=0.0)
-    b_acc, b_most, b_sum = attend_stored(b_q, slots, p_list, p_bias, stored, scale2, C)
+    b_acc, b_most, b_sum = attend_stored(
+        b_q, i_query_head, slots, p_list, p_bias, stored, logits, C
+    )  # fmt: skip
     b_acc, b_sum = attend_recent(
-        b_q, b_acc, b_most, b_sum, slots, recent, last, count, scale2, C
+        b_q, b_acc, b_most, b_sum, slots, recent, last, count, logits, C
     )  # fmt: skip
     p_output = output.data + o_row * wide(output.token)
     p_output += i_query_head * wide(output.head)
@@ -97,19 +100,24 @@ def prefill_kernel(
 
 
 @triton.jit
-def attend_stored(b_q, slots, p_list, p_bias, stored, scale2, C: tl.constexpr):
-    """The running softmax over the stored slots -> numerators, maxima and sums of a tile's rows."""
+def attend_stored(
+    b_q, i_query_head, slots, p_list, p_bias, stored, logits, C: tl.constexpr
+):  # fmt: skip
+    """The running softmax over the sinks and the stored slots -> numerators, maxima and sums of a
+    tile's rows."""
     o_n = tl.arange(0, C.block)
     b_acc = tl.zeros([C.rows, C.padded], tl.float32)
     b_most = tl.full([C.rows], -1.0e30, tl.float32)
     b_sum = tl.zeros([C.rows], tl.float32)
+    if C.sinks:
+        b_most, b_sum = sink_logits(logits, 0, i_query_head) * 1.4426950408889634, b_sum + 1.0
     for first in range(0, stored, C.block):
         i_slot = first + o_n
         m_slot = i_slot < stored
         i_source = tl.load(p_list + i_slot, mask=m_slot, other=0)
         b_bias = tl.load(p_bias + i_slot, mask=m_slot, other=-1.0e30)
         b_acc, b_most, b_sum = attend_tile(
-            b_q, b_acc, b_most, b_sum, i_source, slots, b_bias, m_slot[None, :], scale2, C,
+            b_q, b_acc, b_most, b_sum, i_source, slots, b_bias, m_slot[None, :], logits, C,
             True, False,
         )  # fmt: skip
     return b_acc, b_most, b_sum
@@ -117,7 +125,7 @@ def attend_stored(b_q, slots, p_list, p_bias, stored, scale2, C: tl.constexpr):
 
 @triton.jit
 def attend_recent(
-    b_q, b_acc, b_most, b_sum, slots, recent, last, count, scale2, C: tl.constexpr
+    b_q, b_acc, b_most, b_sum, slots, recent, last, count, logits, C: tl.constexpr
 ):  # fmt: skip
     """Over the exact tokens from source index `recent` on: those that every row of the query tile
     sees, then the diagonal, in which `last` is the first query's own."""
@@ -125,14 +133,14 @@ def attend_recent(
     whole = recent + (last + 1 - recent) // C.block * C.block
     for first in range(recent, whole, C.block):
         b_acc, b_most, b_sum = attend_tile(
-            b_q, b_acc, b_most, b_sum, first + o_n, slots, b_sum, b_sum, scale2, C, False, False
+            b_q, b_acc, b_most, b_sum, first + o_n, slots, b_sum, b_sum, logits, C, False, False
         )  # fmt: skip
     for first in range(whole, last + count, C.block):
         i_source = first + o_n
         m_seen = i_source[None, :] <= last + i_token[:, None]
         b_acc, b_most, b_sum = attend_tile(
             b_q, b_acc, b_most, b_sum, tl.minimum(i_source, last + count - 1), slots, b_sum,
-            m_seen, scale2, C, False, True,
+            m_seen, logits, C, False, True,
         )  # fmt: skip
     return b_acc, b_sum
 
@@ -145,7 +153,7 @@ def wait_started_kernel(counters, programs: tl.int32):
 
 
 def attend_chunks(
-    step: StepPlan, query: Tensor, source: Source, lists: Tensor, heads: int, scale: float,
+    step: StepPlan, query: Tensor, source: Source, lists: Tensor, heads: int, softmax: Softmax,
     output: Tensor, running: Work | None = None, variant: Launch | None = None,
 ) -> None:  # fmt: skip
     """Every token's attention over the state valid at its position, one launch; `heads`: KV heads.
@@ -156,7 +164,7 @@ def attend_chunks(
         return
     if variant is None:
         model = Model(query.shape[2], query.shape[1] // heads, query.element_size(), 0)
-        variant = constants.prefill(model)
+        variant = constants.prefill(model.attending(softmax))
     if running:
         launch(wait_started_kernel, (1,), (running.counters, len(running.scratch)), Launch(warps=1))
     progress = running.progress if running else lists
@@ -164,7 +172,7 @@ def attend_chunks(
         prefill_kernel, (heads, step.tiles),
         (
             Tokens.of(query), Tokens.of(output), source, step.tables, lists, progress,
-            scale * _LOG2E, heads, int(running is not None),
+            Logits.of(softmax, step.zero, LOG2E), heads, int(running is not None),
         ),
         variant,
     )  # fmt: skip

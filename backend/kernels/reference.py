@@ -10,6 +10,7 @@ from torch import Tensor
 
 from express_vllm.layout import Segment
 from express_vllm.reference.attention import attend, log_weights
+from express_vllm.softmax import Softmax
 
 
 def live_rows(kv_cache: Tensor, blocks: Tensor, live: int) -> Tensor:
@@ -19,7 +20,7 @@ def live_rows(kv_cache: Tensor, blocks: Tensor, live: int) -> Tensor:
 
 
 def decode_attention(
-    query: Tensor, kv_cache: Tensor, blocks: Tensor, segments: list[Segment], scale: float
+    query: Tensor, kv_cache: Tensor, blocks: Tensor, segments: list[Segment], softmax: Softmax
 ) -> Tensor:
     """Weighted attention of one token [heads, d], whose own slot is the last, in fp64."""
     live = sum(s.length for s in segments)
@@ -28,18 +29,22 @@ def decode_attention(
     groups = query.double().cpu().view(heads, 1, -1, size)
     logw = log_weights(segments)
     outputs = [
-        attend(q, r[:, :size], r[:, size:], logw, scale) for q, r in zip(groups, rows, strict=True)
+        attend(q, r[:, :size], r[:, size:], logw, softmax.of_kv_head(h, heads))
+        for h, (q, r) in enumerate(zip(groups, rows, strict=True))
     ]
     return torch.cat(outputs).flatten(0, 1)
 
 
-def exact_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def exact_attention(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
     """Causal attention in fp64: query [T, heads, d], key and value [T, KV heads, d]."""
     count, heads, size = query.shape
     groups = query.double().cpu().view(count, key.shape[1], -1, size)
     logw = torch.zeros(count, dtype=torch.float64)
     outputs = [
-        attend(groups[:, h], key[:, h].double().cpu(), value[:, h].double().cpu(), logw, scale)
+        attend(
+            groups[:, h], key[:, h].double().cpu(), value[:, h].double().cpu(), logw,
+            softmax.of_kv_head(h, key.shape[1]),
+        )
         for h in range(key.shape[1])
-    ]
+    ]  # fmt: skip
     return torch.stack(outputs, 1).view(count, heads, size)

@@ -8,12 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from express_vllm.shape import RING_ROWS
+from express_vllm.softmax import Softmax
 
 from . import constants
-from .arguments import Pages, Scores, Source, Tables, Tokens
+from .arguments import Logits, Pages, Scores, Source, Tables, Tokens
 from .columns import EVENT, REQUEST
 from .constants import Model
 from .launch import kernel, launch
+from .logits import sink_logits, to_logits
 from .plan import StepPlan
 from .rows import ROWS, Slots, load_queries, ring_rows, slot_rows, source_slots, wide
 
@@ -25,11 +27,11 @@ def score_recent_kernel(
     query: Tokens,  # of the step
     ring: Pages,  # their last slots hold earlier query rows
     scores: Scores,  # out
-    tables: Tables, source: Source, scale: float, heads: tl.int32,
+    tables: Tables, source: Source, logits: Logits, heads: tl.int32,
     C: tl.constexpr,
 ):  # fmt: skip
     """An event's query rows, their attention scores on its incoming tokens, and the maximum and sum
-    of exponentials over all its recent tokens, causal."""
+    of exponentials over all its recent tokens, causal, and their heads' sinks."""
     i_event, i_head, i_layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     event = tables.events + i_event * EVENT.words
     request = tables.requests + tl.load(event + EVENT.request) * REQUEST.words
@@ -46,11 +48,17 @@ def score_recent_kernel(
     i_score = (i_layer.to(tl.int64) * scores.scored + tl.load(event + EVENT.score)) * heads
     i_score += i_head * tl.load(event + EVENT.room)
     b_peak, b_total = score_recent_slots(
-        b_q, slots, request, event, scores.score + i_score * ROWS, scale, C
+        b_q, slots, request, event, scores.score + i_score * ROWS, logits, C
     )
     b_most = tl.max(b_peak, 1)
+    b_sum = tl.sum(b_total * tl.exp(b_peak - b_most[:, None]), 1)
+    if C.sinks:  # once: the stored slots are counted elsewhere
+        b_sink = sink_logits(logits, i_layer, i_head * C.group + o_r % C.group)
+        b_top = tl.maximum(b_most, b_sink)
+        b_sum = b_sum * tl.exp(b_most - b_top) + tl.exp(b_sink - b_top)
+        b_most = b_top
     tl.store(scores.peak + i_row + o_r, b_most)
-    tl.store(scores.total + i_row + o_r, tl.sum(b_total * tl.exp(b_peak - b_most[:, None]), 1))
+    tl.store(scores.total + i_row + o_r, b_sum)
 
 
 @triton.jit
@@ -72,7 +80,7 @@ def event_queries(query, kept, request, event, i_head, C: tl.constexpr):
 
 
 @triton.jit
-def score_recent_slots(b_q, slots, request, event, p_score, scale, C: tl.constexpr):
+def score_recent_slots(b_q, slots, request, event, p_score, logits, C: tl.constexpr):
     """Scores of the incoming tokens, to p_score, and the maximum and sum of exponentials of all
     recent ones, one of each for every column of a tile [ROWS, BLOCK]."""
     position, stored = tl.load(event + EVENT.position), tl.load(event + EVENT.stored)
@@ -88,7 +96,7 @@ def score_recent_slots(b_q, slots, request, event, p_score, scale, C: tl.constex
         m_slot = i_slot < live
         p_k = slot_rows(tl.where(m_slot, i_slot, stored) + recent, slots, C.block_size)
         b_k = tl.load(p_k[:, None] + o_d[None, :], mask=(o_d < C.size)[None, :], other=0.0)
-        b_score = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * scale
+        b_score = to_logits(tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3"), logits, C)
         m_seen = i_slot[None, :] <= live - ROWS + o_r[:, None]
         b_score = tl.where(m_seen, b_score, LOW)
         i_candidate = heavy + i_slot - stored
@@ -117,7 +125,7 @@ def make_scores(step: StepPlan, heads: int, size: int, layers: int, dtype: torch
 
 def score_recent(
     step: StepPlan, query: Tensor | None, kv_cache: Tensor, source: Source, layers: int,
-    scale: float, group: int,
+    softmax: Softmax, group: int,
 ) -> Scores:  # fmt: skip
     """query [T, heads, d]: None without new tokens; kv_cache: the first layer's pages."""
     heads, size = kv_cache.shape[1], kv_cache.shape[3] // 2
@@ -130,8 +138,8 @@ def score_recent(
         score_recent_kernel, (step.extent.instances, heads, layers),
         (
             Tokens.of(kv_cache if query is None else query), Pages.of(kv_cache, source.table),
-            scores, step.tables, source, scale, heads,
+            scores, step.tables, source, Logits.of(softmax, step.zero), heads,
         ),
-        constants.recent_scores(Model.of(kv_cache, group), query is None),
+        constants.recent_scores(Model.of(kv_cache, group, softmax), query is None),
     )  # fmt: skip
     return scores

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .logits import to_logits
 from .rows import ROWS, slot_rows
 from .scores import LOW
 
@@ -18,7 +19,7 @@ _TRIES, _OCTAVES = tl.constexpr(16), tl.constexpr(31)
 
 @triton.jit
 def score_stored(
-    b_q, p_virtual, p_bias, slots, p_score, p_part, scale, team, stored, sinks, heavy,
+    b_q, p_virtual, p_bias, slots, p_score, p_part, logits, team, stored, sinks, heavy,
     C: tl.constexpr,
 ):  # fmt: skip
     """A member's share of the stored slots: scores of the heavy hitters, and for each of its slices
@@ -35,7 +36,7 @@ def score_stored(
             b_bias = tl.load(p_bias + i_slot, mask=m_slot, other=0.0)
             p_k = slot_rows(i_source, slots, C.block_size)
             b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
-            b_score = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3") * scale
+            b_score = to_logits(tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3"), logits, C)
             b_score += b_bias[None, :] * 0.6931471805599453
             i_heavy = i_slot - sinks
             m_heavy = (i_heavy >= 0) & (i_heavy < heavy)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from express_vllm.softmax import Softmax
+
 from ..chunk import Chunk
 from .arguments import Pages, Source
 from .constants import Model
@@ -37,7 +39,7 @@ Timer = Callable[[torch.cuda.Stream | None], contextlib.AbstractContextManager[N
 
 def run_chunks(
     step: StepPlan, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, table: Tensor,
-    layer: int, first_head: int, scale: float, output: Tensor, tuning: Tuning | None = None,
+    layer: int, first_head: int, softmax: Softmax, output: Tensor, tuning: Tuning | None = None,
     side: torch.cuda.Stream | None = None, timed: Timer | None = None,
 ) -> None:  # fmt: skip
     """One layer's prompt chunks: events, attention, and the state after the step in the pages.
@@ -53,14 +55,14 @@ def run_chunks(
     model, running = Model.of(kv_cache, group), None
     if step.kind:
         with timed(side) if timed else contextlib.nullcontext():
-            scores = score_recent(step, query, kv_cache, source, 1, scale, group)
+            scores = score_recent(step, query, kv_cache, source, 1, softmax, group)
             lists, running = compact(
-                step, scores, source, heads, model, source.layer_offsets, first_head, scale, layer,
-                tuning, side,
+                step, scores, source, heads, model, source.layer_offsets, first_head, softmax,
+                layer, tuning, side,
             )  # fmt: skip
     else:
         lists = identity_lists(step)
-    attend_chunks(step, query, source, lists, heads, scale, output, running if side else None)
+    attend_chunks(step, query, source, lists, heads, softmax, output, running if side else None)
     if side and step.kind:
         torch.cuda.current_stream().wait_stream(side)
     store_state(step, query, source, lists, kv_cache, table)
@@ -77,13 +79,13 @@ def identity_lists(step: StepPlan) -> Tensor:
 
 def compact_pages(
     step: StepPlan, kv_cache: Tensor, layer_offsets: Tensor, layer_ids: Tensor, table: Tensor,
-    first_head: int, scale: float, group: int, tuning: Tuning | None = None,
+    first_head: int, softmax: Softmax, group: int, tuning: Tuning | None = None,
 ) -> None:  # fmt: skip
     """Run the events of a `compacting` step for all layers and rewrite the pages in place.
 
     kv_cache: the first layer's pages; layer_offsets int64 [L]: element offsets of every layer's
-    pages from it; layer_ids int64 [L]: global layer indices.  As many layers at a time as scratch
-    has room for.
+    pages from it; layer_ids int64 [L]: global layer indices; sinks of several layers need their
+    offsets (`Softmax`).  As many layers at a time as scratch has room for.
     """
     heads, model = kv_cache.shape[1], Model.of(kv_cache, group)
     side = Side(model, heads, kv_cache.device)
@@ -94,9 +96,10 @@ def compact_pages(
         if ("scores", len(ids)) not in step.cached:
             step.memory.restart()
         source = page_source(kv_cache, offsets, table)
-        scores = score_recent(step, None, kv_cache, source, len(ids), scale, group)
+        some = softmax.of_layers(first, len(ids))
+        scores = score_recent(step, None, kv_cache, source, len(ids), some, group)
         lists, _ = compact(
-            step, scores, source, heads, model, ids, first_head, scale, tuning=tuning,
+            step, scores, source, heads, model, ids, first_head, some, tuning=tuning,
             limit=share.sharing_limit,
         )  # fmt: skip
         move_pages(step, kv_cache, offsets, table, lists, model, share.spare)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from express_vllm.layout import Layout
+from express_vllm.softmax import Softmax
 
 from ..chunk import Chunk
 from .plan import StepPlan
@@ -16,7 +17,7 @@ from .step import compact_pages, run_chunks
 
 def warm_up(
     layout: Layout, count: int, heads: int, group: int, size: int, dtype: torch.dtype,
-    block_size: int, device: torch.device,
+    block_size: int, softmax: Softmax, device: torch.device,
 ) -> None:  # fmt: skip
     """Compile what any step of any budget of this layout's kind launches: run a made-up request of
     `count` tokens.  One that reaches no event needs no more than its kernels."""
@@ -28,13 +29,13 @@ def warm_up(
     key, value = torch.ones(2, count, heads, size, **options)
     output = torch.empty_like(query)
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
-    scale, zero = size**-0.5, torch.zeros(1, dtype=torch.int64, device=device)
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
     for start, stop in ((0, count - 2), (count - 2, count)):
         chunk = StepPlan.make([Chunk(layout, start, stop)], group, device)
         run_chunks(
-            chunk, query[start:stop], key[start:stop], value[start:stop], cache, table, 0, 0, scale,
-            output[start:stop], side=side,
+            chunk, query[start:stop], key[start:stop], value[start:stop], cache, table, 0, 0,
+            softmax, output[start:stop], side=side,
         )  # fmt: skip
     if layout.events(count, count + 1):
         event = StepPlan.make([Chunk(layout, count, count + 1)], group, device, compacting=True)
-        compact_pages(event, cache, zero, zero, table, 0, scale, group)
+        compact_pages(event, cache, zero, zero, table, 0, softmax, group)

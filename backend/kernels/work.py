@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from express_vllm.softmax import Softmax
+
 from . import constants
-from .arguments import Heads, Scores, Source, Work
+from .arguments import Heads, Logits, Scores, Source, Work
 from .compaction import compact_kernel
 from .constants import Model
 from .launch import launch
@@ -38,7 +40,7 @@ def make_work(step: StepPlan, heads: int, layers: int, found: Sharing) -> Work:
 
 def compact(
     step: StepPlan, scores: Scores, source: Source, heads: int, model: Model, layer_ids: Tensor,
-    first_head: int, scale: float, first_layer: int = 0, tuning: Tuning | None = None,
+    first_head: int, softmax: Softmax, first_layer: int = 0, tuning: Tuning | None = None,
     stream: torch.cuda.Stream | None = None, limit: int | None = None,
 ) -> tuple[Tensor, Work]:  # fmt: skip
     """Run a step's events -> lists of kept source indices, int32 [L, KV heads * entries].
@@ -59,12 +61,14 @@ def compact(
 
     work = step.kept(("work", layers, tuning), make)
     work.counters.zero_()
+    model = model.attending(softmax)
     variant = constants.compaction(kind, model, source.paged)._replace(warps=tuning.warps)
+    logits = Logits.of(softmax, step.zero)
     if stream:
         stream.wait_stream(torch.cuda.current_stream())
     tasks = Heads(layer_ids, first_layer, first_head, heads, requests, layers * requests * heads)
     launch(
         compact_kernel, (len(work.scratch),),
-        (step.tables, scores, source, work, tasks, scale, model.size**-0.5), variant, stream,
+        (step.tables, scores, source, work, tasks, logits, model.size**-0.5), variant, stream,
     )  # fmt: skip
     return work.lists, work

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from express_vllm.layout import layout_for
 from express_vllm.shape import Shape
+from express_vllm.softmax import Softmax
 
 from .harness import Heads
 
@@ -109,7 +110,8 @@ class ExpressCache:
                 self.table.numpy(), CPU_BLOCK,
             ),
         )  # fmt: skip
-        path = CpuPath(self.layer, 0, heads.kv, heads.group, heads.size, heads.scale)
+        softmax = Softmax(heads.scale)
+        path = CpuPath(self.layer, 0, heads.kv, heads.group, heads.size, softmax)
         path.forward(query, key, value, self.pages, plan, output)
 
     def _run_gpu(
@@ -133,6 +135,6 @@ class ExpressCache:
             ),
         )  # fmt: skip
         step.run_chunks(
-            plan, query, key, value, self.pages, self.table, self.layer, 0, self.heads.scale,
-            output,
+            plan, query, key, value, self.pages, self.table, self.layer, 0,
+            Softmax(self.heads.scale), output,
         )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Segment
+from ..softmax import Softmax
 
 
 def log_weights(segments: Sequence[Segment], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -19,15 +20,30 @@ def log_weights(segments: Sequence[Segment], dtype: torch.dtype = torch.float64)
     )
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, logw: Tensor, scale: float) -> Tensor:
+def logits(products: Tensor, softmax: Softmax) -> Tensor:
+    """Of products q.k; without log-weights."""
+    scores = products * softmax.scale
+    return softmax.cap * torch.tanh(scores / softmax.cap) if softmax.cap else scores
+
+
+def shares(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the last dimension of scores [..., S] and the sinks [...], if there are some."""
+    if sinks is None:
+        return torch.softmax(scores, -1)
+    sinks = sinks.to(scores).expand(scores.shape[:-1])[..., None]
+    return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, logw: Tensor, softmax: Softmax) -> Tensor:
     """softmax(scale q.k + log w) v for one KV head: queries [L, G, d], keys and values [S, d].
 
-    The last L slots are the queries' own tokens: query i sees slots [0, S - L + i].  -> [L, G, d].
+    The last L slots are the queries' own tokens: query i sees slots [0, S - L + i].  The sinks of
+    `softmax` are those of the KV head, [G].  -> [L, G, d].
     Source: Express Language Modeling (arXiv 2606.10944), weighted attention.
     """
     length, slots = queries.shape[0], keys.shape[0]
-    scores = torch.einsum("lgd,sd->lgs", queries, keys) * scale + logw
+    scores = logits(torch.einsum("lgd,sd->lgs", queries, keys), softmax) + logw
     last = slots - length + torch.arange(length)
     hidden = torch.arange(slots)[None, :] > last[:, None]
     scores = scores.masked_fill(hidden[:, None, :], float("-inf"))
-    return torch.softmax(scores, -1) @ values
+    return shares(scores, softmax.sinks) @ values

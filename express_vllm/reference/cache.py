@@ -16,7 +16,8 @@ from .. import rng
 from ..layout import Event, Layout
 from ..schedules import DRAW, HALVE
 from ..shape import RING_ROWS
-from .attention import attend, log_weights
+from ..softmax import Softmax
+from .attention import attend, log_weights, logits, shares
 from .halving import halve
 
 
@@ -31,7 +32,7 @@ class ExpressCache:
         seed: int = 0,
         layer: int = 0,
         kv_head: int = 0,
-        scale: float | None = None,
+        softmax: Softmax | None = None,  # its sinks: of the KV head's group [G]
         dtype: torch.dtype = torch.float64,
         kernel: str | None = None,
         row_dtype: torch.dtype | None = None,
@@ -39,7 +40,7 @@ class ExpressCache:
         self.layout = layout
         self.shape = layout.shape
         self.kernel = kernel or self.shape.kernel
-        self.scale = head_size**-0.5 if scale is None else scale
+        self.softmax = softmax or Softmax(head_size**-0.5)
         self.identity = (seed, layer, kv_head)
         self.keys = torch.zeros(0, head_size, dtype=dtype)
         self.values = torch.zeros(0, head_size, dtype=dtype)
@@ -63,7 +64,7 @@ class ExpressCache:
         self.rows = torch.cat([self.rows, row])[-RING_ROWS:] if self.tokens else row
         self.tokens += 1
         logw = log_weights(self.layout.segments(self.tokens), self.keys.dtype)
-        return attend(query[None].to(self.keys), self.keys, self.values, logw, self.scale)[0]
+        return attend(query[None].to(self.keys), self.keys, self.values, logw, self.softmax)[0]
 
     def _compact(self, event: Event) -> None:
         order = torch.arange(event.live_before)
@@ -120,11 +121,13 @@ class ExpressCache:
         logw = log_weights(self.layout.segments(self.tokens), self.keys.dtype)
         count = len(self.rows)
         turns = torch.arange(count)
-        rows = self.rows[turns, turns % self.rows.shape[1]]
-        scores = rows @ self.keys.T * self.scale + logw
+        heads = turns % self.rows.shape[1]
+        rows, sinks = self.rows[turns, heads], self.softmax.sinks
+        scores = logits(rows @ self.keys.T, self.softmax) + logw
         last = len(self.keys) - count + torch.arange(count)
         hidden = torch.arange(len(self.keys))[None, :] > last[:, None]
-        return torch.softmax(scores.masked_fill(hidden, float("-inf")), -1).sum(0)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        return shares(scores, None if sinks is None else sinks[heads]).sum(0)
 
 
 def draw(length: int, seen: int, event_key: int, op: int) -> int:

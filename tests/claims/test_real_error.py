@@ -12,6 +12,7 @@ from express_vllm.backend.cpu.metadata import plan_batch
 from express_vllm.backend.cpu.path import CpuPath
 from express_vllm.budget import Budget
 from express_vllm.shape import make_shape
+from express_vllm.softmax import Softmax
 
 BLOCK_SIZE = 64
 #: Errors are averaged over positions from here on: every budget has long been full.
@@ -40,7 +41,7 @@ def express(queries, keys, values, shape, layer, kernel=None):
     """The whole sequence through the CPU path with one cache shape."""
     tokens, heads, size = queries.shape
     kv_heads = keys.shape[1]
-    path = CpuPath(layer, 0, kv_heads, heads // kv_heads, size, size**-0.5, kernel=kernel)
+    path = CpuPath(layer, 0, kv_heads, heads // kv_heads, size, Softmax(size**-0.5), kernel=kernel)
     blocks = -(-shape.slots // BLOCK_SIZE)
     cache = torch.zeros(blocks, kv_heads, BLOCK_SIZE, 2 * size)
     budget = Budget("express", shape.slots, shape.slots, 0, "recent", shape.slots, shape)

@@ -337,7 +337,6 @@ def selected(**changes):
     [
         ("has_sliding_window", True, "sliding-window"),
         ("use_rswa", True, "sliding-window"),
-        ("has_sink", True, "attention sinks"),
         ("use_mla", True, "MLA"),
         ("use_sparse", True, "sparse"),
         ("use_mm_prefix", True, "multimodal"),
@@ -350,10 +349,31 @@ def selected(**changes):
 def test_layers_are_refused(field, value, word):
     from express_vllm.backend.attention import ExpressBackend
 
-    for plain in ({}, {"kv_cache_dtype": "bfloat16"}, {"block_size": 32}, {"head_size": 33}):
+    for plain in ({}, {"kv_cache_dtype": "bfloat16"}, {"block_size": 32}, {"head_size": 33},
+                  {"has_sink": True}):  # fmt: skip
         ExpressBackend.check_layer(selected(**plain))
     with pytest.raises(conflicts.ConflictError, match=word):
         ExpressBackend.check_layer(selected(**{field: value}))
+
+
+def test_a_layers_soft_cap_and_sinks_reach_its_path(plain_config, monkeypatch):
+    """The sinks are the model's own parameter, whose weights are loaded after the layer is made."""
+    import torch
+    from vllm.config import set_current_vllm_config
+
+    from express_vllm.backend import attention
+
+    monkeypatch.setattr(attention, "first_kv_head", lambda heads: 0)
+    sinks = torch.nn.Parameter(torch.zeros(4))
+    plain = (4, 64, 0.125, 2, None, None, "auto")
+    with set_current_vllm_config(plain_config):
+        layer = attention.ExpressImpl(*plain, 50.0, "decoder", None, sinks=sinks)
+        none = attention.ExpressImpl(*plain, None, "decoder", None)
+        with pytest.raises(conflicts.ConflictError, match="new="):
+            attention.ExpressImpl(*plain, None, "decoder", None, new=1)
+    softmax = layer._device.path(0).softmax
+    assert softmax.sinks is sinks and softmax[:2] == (0.125, 50.0)
+    assert none._device.path(0).softmax == (0.125, 0.0, None, None)
 
 
 def test_an_argument_of_a_layer_that_vllm_adds_is_refused(monkeypatch):

@@ -19,6 +19,7 @@ from express_vllm.backend.batch import Batch
 from express_vllm.backend.cpu.metadata import plan_batch
 from express_vllm.backend.cpu.path import CpuPath
 from express_vllm.config import ServerConfig
+from express_vllm.softmax import Softmax
 
 GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(bool(GPUS), reason="gloo ranks share a CPU; see test_gpu2.py")
@@ -268,7 +269,7 @@ def cpu_pages(batch, heads, first_head, fields):
     query, key, value = (x[:, heads].reshape(total, -1, SIZE).contiguous() for x in batch)
     cache = torch.full((blocks, count, BLOCK, 2 * SIZE), torch.nan)
     table = torch.arange(blocks, dtype=torch.int32).flip(0)[None].numpy()
-    path = CpuPath(LAYER, first_head, count, GROUP, SIZE, SIZE**-0.5)
+    path = CpuPath(LAYER, first_head, count, GROUP, SIZE, Softmax(SIZE**-0.5))
     output, start = torch.empty_like(query), 0
     for length in [300, 150, *[1] * (total - 450)]:
         rows = slice(start, start + length)

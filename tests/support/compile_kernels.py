@@ -43,7 +43,7 @@ TYPES = {
     torch.float32: "bias score peak total scratch shared steps part norm",
     torch.int32: "events tiles rounds ops ids table lists virtual counters progress live starts "
     "ring",
-    torch.int64: "requests layer_offsets layer_ids",
+    torch.int64: "requests layer_offsets layer_ids sink_offsets",
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #: Most shared memory of a program.
@@ -67,6 +67,14 @@ def _model(size: int, itemsize: int, group: int, block_size: int) -> Model:
 
 
 def models() -> Iterator[tuple[str, Model]]:
+    """Every head size and type, plain, with soft caps and with sinks."""
+    for dtype, model in plain_models():
+        yield dtype, model
+        yield dtype, model._replace(capped=True)
+        yield dtype, model._replace(sinks=True)
+
+
+def plain_models() -> Iterator[tuple[str, Model]]:
     """Every head size and type; query groups of 1 to 16 and block sizes of 16 to 128."""
     others = itertools.cycle([(4, 16), (1, 64), (3, 32), (16, 128)])
     for size in (64, 96, 128, 256):

@@ -10,6 +10,7 @@ from express_vllm.backend.batch import Batch
 from express_vllm.backend.cpu.metadata import plan_batch
 from express_vllm.backend.cpu.path import CpuPath
 from express_vllm.config import ServerConfig
+from express_vllm.softmax import Softmax
 
 KV_HEADS, GROUP = 2, 3
 SERVER = ServerConfig(seed=9)
@@ -26,8 +27,9 @@ class Sequence:
 class Runner:
     """Holds pages and runs steps of mixed requests, as vLLM does."""
 
-    def __init__(self, head_size, dtype, block_size, pages=64):
-        self.path = CpuPath(3, 4, KV_HEADS, GROUP, head_size, head_size**-0.5)
+    def __init__(self, head_size, dtype, block_size, pages=64, softmax=None):
+        softmax = softmax or Softmax(head_size**-0.5)
+        self.path = CpuPath(3, 4, KV_HEADS, GROUP, head_size, softmax)
         self.dtype, self.block_size, self.head_size = dtype, block_size, head_size
         self.cache = torch.full(
             (pages, KV_HEADS, block_size, 2 * head_size), torch.nan, dtype=dtype

@@ -1,14 +1,17 @@
 """The Triton kernels against the oracle; `test_kernels.py` says where these cases run."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from softmaxes import random_softmax
 
 from express_vllm import rng
 from express_vllm.backend.chunk import Chunk
+from express_vllm.backend.gpu.joint import joint_softmax
 from express_vllm.backend.kernels import constants, decode, reference, scratch, step
 from express_vllm.backend.kernels.constants import QUERY_ROWS, Model
 from express_vllm.backend.kernels.events import Kind
@@ -20,6 +23,7 @@ from express_vllm.backend.kernels.team import Team
 from express_vllm.layout import Layout
 from express_vllm.reference.cache import ExpressCache
 from express_vllm.shape import EXACT_SHAPE, RING_ROWS, make_shape
+from express_vllm.softmax import Softmax
 
 torch.set_num_threads(1)  # small tensors, often several processes
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,7 +34,7 @@ class Runner:
     """One layer of requests of one cache shape over poisoned, shuffled pages."""
 
     def __init__(self, layout, dtype, head_size, *, heads=2, group=3, block_size=16, requests=1,
-                 tokens=4096):  # fmt: skip
+                 tokens=4096, softmax=None):  # fmt: skip
         self.layout, self.heads, self.group, self.size = layout, heads, group, head_size
         blocks = -(-min(layout.shape.slots, tokens) // block_size)
         pages = requests * blocks + 3
@@ -40,7 +44,7 @@ class Runner:
         order = torch.randperm(pages, generator=torch.Generator().manual_seed(1))
         self.table = order[: requests * blocks].view(requests, blocks).int().to(DEVICE)
         self.stored = [0] * requests
-        self.scale = head_size**-0.5
+        self.softmax = softmax or Softmax(head_size**-0.5)
         self.zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
 
     def prefill(self, batch, counts):
@@ -54,7 +58,9 @@ class Runner:
             token += count
         plan = StepPlan.make(chunks, self.group, DEVICE)
         output = torch.full_like(batch[0], torch.nan)
-        step.run_chunks(plan, *batch, self.cache, self.table, LAYER, FIRST_HEAD, self.scale, output)
+        step.run_chunks(
+            plan, *batch, self.cache, self.table, LAYER, FIRST_HEAD, self.softmax, output
+        )
         return output
 
     def decode(self, batch):
@@ -68,7 +74,7 @@ class Runner:
             plan = StepPlan.make(due, self.group, DEVICE, compacting=True)
             step.compact_pages(
                 plan, self.cache, self.zero, self.zero + LAYER, self.table, FIRST_HEAD,
-                self.scale, self.group,
+                self.softmax, self.group,
             )  # fmt: skip
         query, key, value = batch
         live, rings, starts, steps = [], [], [], []
@@ -87,7 +93,7 @@ class Runner:
         scratch.part.fill_(torch.nan)
         decode.decode_attention(
             query, self.cache, self.table, live, torch.stack(starts).to(DEVICE),
-            torch.stack(steps).to(DEVICE), self.scale, scratch, output,
+            torch.stack(steps).to(DEVICE), self.softmax, scratch, output,
         )  # fmt: skip
         self.stored = [n + 1 for n in self.stored]
         return output
@@ -106,15 +112,17 @@ def tokens(count, heads, group, size, dtype, seed=0):
     return [x.to(dtype).to(DEVICE) for x in (query, 1.5 * key, value)]
 
 
-def oracle(layout, batch, heads, group, seed=SEED):
+def oracle(layout, batch, heads, group, seed=SEED, softmax=None):
     """Outputs [T, heads, d] in fp64, and the kept positions of each KV head."""
     query, key, value = (x.double().cpu() for x in batch)
     size = query.shape[2]
     outputs, caches = [], []
+    softmax = softmax or Softmax(size**-0.5)
     for h in range(heads):
         cache = ExpressCache(
-            layout, size, seed=seed, layer=LAYER, kv_head=FIRST_HEAD + h, row_dtype=batch[0].dtype
-        )
+            layout, size, seed=seed, layer=LAYER, kv_head=FIRST_HEAD + h, row_dtype=batch[0].dtype,
+            softmax=softmax.of_kv_head(h, heads),
+        )  # fmt: skip
         rows = query.view(-1, heads, group, size)[:, h]
         outputs.append(cache.extend(rows, key[:, h], value[:, h]))
         caches.append(cache)
@@ -139,6 +147,12 @@ def kept_share(runner, batch, caches, r=0):
 
 def chunks(total, size):
     return [min(size, total - at) for at in range(0, total, size)]
+
+
+def softmax_of(options, size, heads, dtype):
+    """Takes a soft cap and the sinks' mean out of `options`."""
+    cap, sinks = options.pop("cap", 0.0), options.pop("sinks", None)
+    return random_softmax(size, heads, cap, sinks, dtype, DEVICE)
 
 
 def drive(runner, batch, counts):
@@ -228,15 +242,18 @@ def test_the_heaviest_candidates_stay_and_ties_keep_the_first(heavy, incoming, s
         ({"pinned": 200}, 512, 64, 2, [400, 111, 143, *[1] * 9]),
         ({"pinned": 370}, 512, 64, 1, [497, 60, *[1] * 9]),
         ({"schedule": "paper", "pinned": 60}, 192, 64, 1, [150, 143, *[1] * 9]),
+        ({"cap": 3.0}, 128, 64, 2, [113, 31, 1]),
+        ({"sinks": 8.0}, 128, 72, 3, [113, 31, 1]),
     ],
 )
 def test_a_request_equals_the_oracle(options, slots, size, group, counts):
-    heads, total = 1, sum(counts)
+    heads, total, options = 1, sum(counts), dict(options)
+    softmax = softmax_of(options, size, heads * group, torch.float32)
     layout = Layout(make_shape(slots, **options))
     batch = tokens(total, heads, group, size, torch.float32)
-    runner = Runner(layout, torch.float32, size, heads=heads, group=group)
+    runner = Runner(layout, torch.float32, size, heads=heads, group=group, softmax=softmax)
     outputs = drive(runner, batch, counts)
-    expected, caches = oracle(layout, batch, heads, group)
+    expected, caches = oracle(layout, batch, heads, group, softmax=softmax)
     assert kept_share(runner, batch, caches) == 1.0
     assert error(outputs, expected) < 1e-5
 
@@ -276,21 +293,24 @@ def test_any_chunking_and_batch_keep_the_identical_cache():
 
 
 @pytest.mark.parametrize(
-    ("size", "group", "block_size", "dtype"),
+    ("size", "group", "block_size", "dtype", "options"),
     [
-        (64, 1, 16, torch.float16),
-        (96, 3, 32, torch.float32),
-        (128, 4, 64, torch.float16),
-        (256, 8, 128, torch.float16),
-        (120, 2, 16, torch.float32),
-        (72, 3, 32, torch.float16),
+        (64, 1, 16, torch.float16, {}),
+        (96, 3, 32, torch.float32, {}),
+        (128, 4, 64, torch.float16, {}),
+        (256, 8, 128, torch.float16, {}),
+        (120, 2, 16, torch.float32, {}),
+        (72, 3, 32, torch.float16, {}),
+        (64, 3, 32, torch.float32, {"sinks": 6.0}),
+        (128, 2, 16, torch.float16, {"cap": 1.0, "sinks": 5.0}),
     ],
 )
-def test_decode_equals_the_reference(size, group, block_size, dtype):
+def test_decode_equals_the_reference(size, group, block_size, dtype, options):
     """Random layouts; slots and splits that hold nothing are poisoned; one padding request."""
     layouts = [Layout(make_shape(640, schedule=s)) for s in ("lazy", "paper")]
     counts = [1, 63, 64, 65, 111, 2047, 5000]
     heads, requests = 1, len(counts) + 1
+    softmax = softmax_of(dict(options), size, heads * group, dtype)
     blocks = -(-640 // block_size)
     cache = torch.full(
         (requests * blocks, heads, block_size, 2 * size), torch.nan, dtype=dtype, device=DEVICE
@@ -308,7 +328,7 @@ def test_decode_equals_the_reference(size, group, block_size, dtype):
         first, rise = decode.segment_steps(segments)
         starts.append(torch.from_numpy(first))
         steps.append(torch.from_numpy(rise))
-        expected.append(reference.decode_attention(query[r], cache, table[r], segments, size**-0.5))
+        expected.append(reference.decode_attention(query[r], cache, table[r], segments, softmax))
     empty = decode.segment_steps([])
     starts.append(torch.from_numpy(empty[0]))
     steps.append(torch.from_numpy(empty[1]))
@@ -319,34 +339,40 @@ def test_decode_equals_the_reference(size, group, block_size, dtype):
     output = torch.full_like(query, torch.nan)
     decode.decode_attention(
         query, cache, table, torch.tensor([*live, 0], dtype=torch.int32, device=DEVICE),
-        torch.stack(starts).to(DEVICE), torch.stack(steps).to(DEVICE), size**-0.5, scratch, output,
+        torch.stack(starts).to(DEVICE), torch.stack(steps).to(DEVICE), softmax, scratch, output,
     )  # fmt: skip
     assert error(output, torch.stack(expected)) < (1e-5 if dtype == torch.float32 else 2e-3)
 
 
 @pytest.mark.parametrize(
-    ("size", "group", "dtype"),
-    [(64, 1, torch.float32), (96, 3, torch.float16), (128, 4, torch.float32),
-     (256, 2, torch.float16), (120, 2, torch.float32), (72, 2, torch.float16)],
+    ("size", "group", "dtype", "options"),
+    [(64, 1, torch.float32, {}), (96, 3, torch.float16, {}), (128, 4, torch.float32, {}),
+     (256, 2, torch.float16, {}), (120, 2, torch.float32, {}), (72, 2, torch.float16, {}),
+     (96, 3, torch.float32, {"cap": 3.0, "sinks": 5.0})],
 )  # fmt: skip
-def test_exact_prefill_equals_the_reference(size, group, dtype):
+def test_exact_prefill_equals_the_reference(size, group, dtype, options):
     """Odd lengths in one plan, then a further chunk of one request over its pages."""
     layout = Layout(make_shape(256))
     counts = [1, 63, 65, 111]
     batches = [tokens(n + 9, 1, group, size, dtype, seed=n) for n in counts]
-    runner = Runner(layout, dtype, size, heads=1, group=group, requests=4, tokens=256)
+    softmax = softmax_of(dict(options), size, group, torch.float16)
+    runner = Runner(
+        layout, dtype, size, heads=1, group=group, requests=4, tokens=256, softmax=softmax
+    )
     parts = [torch.cat([b[i][:n] for b, n in zip(batches, counts, strict=True)]) for i in range(3)]
     output = runner.prefill(parts, counts)
     more = runner.prefill([x[1:10] for x in batches[0]], [9, 0, 0, 0])
     limit = 1e-5 if dtype == torch.float32 else 2e-3
     for batch, part in zip(batches, output.split(counts), strict=True):
-        expected = reference.exact_attention(*batch, runner.scale)
+        expected = reference.exact_attention(*batch, runner.softmax)
         assert error(part, expected[: len(part)]) < limit
-    assert error(more, reference.exact_attention(*batches[0], runner.scale)[1:]) < limit
+    assert error(more, reference.exact_attention(*batches[0], runner.softmax)[1:]) < limit
 
 
-def test_decode_steps_compact_every_layer_alike():
-    """One launch for several layers and requests, in place, equals one layer at a time."""
+@pytest.mark.parametrize("sinks", [None, 3.0])
+def test_decode_steps_compact_every_layer_alike(sinks):
+    """One launch for several layers and requests, in place, equals one layer at a time; each has
+    sinks of its own."""
     layout = Layout(make_shape(128))
     event = layout.event(2)
     layers, heads, group, size = 2, 1, 2, 64
@@ -355,14 +381,23 @@ def test_decode_steps_compact_every_layer_alike():
     at = event.position
     chunks = [Chunk(layout, at, at + 1, 0, r, SEED + r) for r in range(2)]
     plan = StepPlan.make(chunks, group, DEVICE, compacting=True)
-    alone = pages.clone()
+    alone, swapped = pages.clone(), pages.clone()
     zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    own = [random_softmax(size, 2, 0.0, sinks, device=DEVICE, seed=s) for s in range(layers)]
+    joint = joint_softmax([SimpleNamespace(scale=x.scale, soft_cap=0.0, sinks=x.sinks)
+                           for x in own])  # fmt: skip
+
+    def compact(cache, offsets, ids, softmax):
+        step.compact_pages(plan, cache, offsets, ids, table, FIRST_HEAD, softmax, group)
+
     for layer in range(layers):
-        step.compact_pages(plan, alone[layer], zero, zero + layer, table, FIRST_HEAD, 0.125, group)
+        compact(alone[layer], zero, zero + layer, own[layer])
     offsets = torch.arange(layers, device=DEVICE) * pages[0].numel()
-    ids = torch.arange(layers, device=DEVICE)
-    step.compact_pages(plan, pages[0], offsets, ids, table, FIRST_HEAD, 0.125, group)
+    compact(pages[0], offsets, torch.arange(layers, device=DEVICE), joint)
     assert torch.equal(pages, alone)
+    if sinks is not None:
+        compact(swapped[1], zero, zero + 1, own[0])
+        assert not torch.equal(swapped[1], alone[1]), "sinks decide something"
 
 
 def test_first_and_later_events_of_a_batch_decide_as_alone():
@@ -378,7 +413,7 @@ def test_first_and_later_events_of_a_batch_decide_as_alone():
 
     def run(cache, some):
         plan = StepPlan.make(some, group, DEVICE, compacting=True)
-        step.compact_pages(plan, cache, zero, zero, table, FIRST_HEAD, 0.125, group)
+        step.compact_pages(plan, cache, zero, zero, table, FIRST_HEAD, Softmax(0.125), group)
 
     for chunk in chunks:
         run(alone, [chunk])
@@ -413,14 +448,15 @@ class Batch:
     def run(self, plans, batch, output):
         for plan in plans:
             step.run_chunks(
-                plan, *batch, self.cache, self.table, LAYER, FIRST_HEAD, 0.125, output
+                plan, *batch, self.cache, self.table, LAYER, FIRST_HEAD, Softmax(0.125), output
             )  # fmt: skip
 
     def compact(self, plans):
         zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
         for plan in plans:
             step.compact_pages(
-                plan, self.cache, zero, zero + LAYER, self.table, FIRST_HEAD, 0.125, self.group
+                plan, self.cache, zero, zero + LAYER, self.table, FIRST_HEAD, Softmax(0.125),
+                self.group,
             )  # fmt: skip
 
 
@@ -504,16 +540,23 @@ gpu = pytest.mark.gpu
         (256, 2, 64, torch.float16, {}),
         (128, 4, 128, torch.bfloat16, {"interval": 128}),
         (128, 8, 16, torch.float16, {"group": 128}),
+        (64, 8, 16, torch.bfloat16, {"sinks": 9.0}),
+        (96, 3, 16, torch.float32, {"cap": 4.0, "sinks": 6.0}),
+        (128, 4, 16, torch.bfloat16, {"cap": 4.0, "sinks": 6.0}),
+        (256, 2, 16, torch.bfloat16, {"cap": 4.0}),
+        (256, 2, 16, torch.float32, {"cap": 4.0, "sinks": 6.0}),
     ],
 )
 def test_head_sizes_and_odd_lengths_equal_the_oracle(size, group, block_size, dtype, options):
+    options = dict(options)
+    softmax = softmax_of(options, size, 2 * group, dtype)
     layout = Layout(make_shape(640, **options))
     counts = [1, 63, 64, 65, 111, 1743, *[1] * 30]
     assert sum(counts[:6]) == 2047
     batch = tokens(sum(counts), 2, group, size, dtype)
-    runner = Runner(layout, dtype, size, group=group, block_size=block_size)
+    runner = Runner(layout, dtype, size, group=group, block_size=block_size, softmax=softmax)
     outputs = drive(runner, batch, counts)
-    expected, caches = oracle(layout, batch, 2, group)
+    expected, caches = oracle(layout, batch, 2, group, softmax=softmax)
     share = kept_share(runner, batch, caches)
     print(f"slots that hold the oracle's token: {share:.4f}, error {error(outputs, expected):.2e}")
     assert share >= 0.98
@@ -521,14 +564,16 @@ def test_head_sizes_and_odd_lengths_equal_the_oracle(size, group, block_size, dt
 
 
 @gpu
-def test_overlapped_attention_equals_serial():
+@pytest.mark.parametrize("options", [{}, {"cap": 4.0, "sinks": 6.0}])
+def test_overlapped_attention_equals_serial(options):
     """Attention waits for the lists that it needs; outputs and pages are the same, bit by bit."""
     layout, size, group = Layout(make_shape(512)), 128, 4
     side = torch.cuda.Stream(priority=-1)
     batch = tokens(9000, 2, group, size, torch.bfloat16)
     found = []
     for stream in (None, side):
-        runner = Runner(layout, torch.bfloat16, size, group=group, requests=2)
+        softmax = softmax_of(dict(options), size, 2 * group, torch.bfloat16)
+        runner = Runner(layout, torch.bfloat16, size, group=group, requests=2, softmax=softmax)
         outputs = []
         for starts, stops, rows in (((0, 0), (3000, 1), 3001), ((3000, 1), (5111, 2048), 4158)):
             chunks, at = [], 0
@@ -539,7 +584,7 @@ def test_overlapped_attention_equals_serial():
             output = torch.full_like(part[0], torch.nan)
             plan = StepPlan.make(chunks, group, DEVICE)
             step.run_chunks(
-                plan, *part, runner.cache, runner.table, LAYER, FIRST_HEAD, runner.scale, output,
+                plan, *part, runner.cache, runner.table, LAYER, FIRST_HEAD, runner.softmax, output,
                 side=stream,
             )  # fmt: skip
             outputs.append(output)
@@ -550,10 +595,12 @@ def test_overlapped_attention_equals_serial():
 
 
 @gpu
-def test_a_graph_of_a_decode_step_replays():
+@pytest.mark.parametrize("options", [{}, {"cap": 4.0, "sinks": 6.0}])
+def test_a_graph_of_a_decode_step_replays(options):
     """store_tokens and decode_attention in one CUDA graph, replayed for other lengths."""
     layout, size, group, requests = Layout(make_shape(512)), 128, 4, 4
     heads, blocks = 2, 32
+    softmax = softmax_of(dict(options), size, heads * group, torch.bfloat16)
     cache = torch.randn(requests * blocks, heads, 16, 2 * size, device=DEVICE).bfloat16()
     table = torch.randperm(requests * blocks, device=DEVICE).int().view(requests, blocks)
     query = torch.empty(requests, heads * group, size, device=DEVICE, dtype=torch.bfloat16)
@@ -566,7 +613,7 @@ def test_a_graph_of_a_decode_step_replays():
 
     def run(pages):
         decode.store_tokens(query, key, value, pages, table, live, ring)
-        decode.decode_attention(query, pages, table, live, starts, steps, 0.1, scratch, output)
+        decode.decode_attention(query, pages, table, live, starts, steps, softmax, scratch, output)
 
     def fill(counts):
         for tensor in (query, key, value):
@@ -621,11 +668,11 @@ def test_teams_decide_alike():
     runner = Runner(layout, torch.bfloat16, size, heads=heads, group=group)
     plan = StepPlan.make([Chunk(layout, 0, total, 0, 0, SEED)], group, DEVICE)
     source = step.chunk_source(plan, *batch[1:], runner.cache, runner.table)
-    scores = step.score_recent(plan, batch[0], runner.cache, source, 1, runner.scale, group)
+    scores = step.score_recent(plan, batch[0], runner.cache, source, 1, runner.softmax, group)
     model = step.Model.of(runner.cache, group)
     lists = [
         step.compact(
-            plan, scores, source, heads, model, runner.zero, 0, runner.scale, 0, Tuning(team=team)
+            plan, scores, source, heads, model, runner.zero, 0, runner.softmax, 0, Tuning(team=team)
         )[0].clone()
         for team in (1, 2, 4, 8)
     ]

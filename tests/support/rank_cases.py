@@ -12,6 +12,7 @@ from express_vllm.backend.kernels import step
 from express_vllm.backend.kernels.step import StepPlan
 from express_vllm.layout import Layout
 from express_vllm.shape import make_shape
+from express_vllm.softmax import Softmax
 
 SEED, LAYER, FIRST_HEAD = 2**33 + 5, 3, 4
 GROUP, SIZE, BLOCK = 2, 64, 16
@@ -28,7 +29,7 @@ def pages(batch, heads, first_head, device, *, slots=128, events=3):
     query, key, value = (
         x[:count, heads].reshape(count, -1, SIZE).contiguous().to(device) for x in batch
     )
-    blocks, scale = -(-slots // BLOCK), SIZE**-0.5
+    blocks, softmax = -(-slots // BLOCK), Softmax(SIZE**-0.5)
     cache = torch.zeros(blocks, key.shape[1], BLOCK, 2 * SIZE, dtype=key.dtype, device=device)
     table = torch.arange(blocks, dtype=torch.int32, device=device).flip(0)[None].contiguous()
     zero = torch.zeros(1, dtype=torch.int64, device=device)
@@ -36,13 +37,13 @@ def pages(batch, heads, first_head, device, *, slots=128, events=3):
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         chunk = StepPlan.make([Chunk(layout, 0, count, seed=SEED)], GROUP, device)
         step.run_chunks(
-            chunk, query, key, value, cache, table, LAYER, first_head, scale, output
+            chunk, query, key, value, cache, table, LAYER, first_head, softmax, output
         )  # fmt: skip
         decode = StepPlan.make(
             [Chunk(layout, count, count + 1, seed=SEED)], GROUP, device, compacting=True
         )
         step.compact_pages(
-            decode, cache, zero, zero + LAYER, table, first_head, scale, GROUP
+            decode, cache, zero, zero + LAYER, table, first_head, softmax, GROUP
         )  # fmt: skip
     return cache.cpu()
 

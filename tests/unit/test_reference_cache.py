@@ -1,5 +1,7 @@
 """The streaming oracle: exact while it can be, and the same cache however the tokens arrive."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from express_vllm.layout import Layout
 from express_vllm.reference.attention import attend, log_weights
 from express_vllm.reference.cache import ExpressCache, draw
 from express_vllm.shape import RING_ROWS, make_shape
+from express_vllm.softmax import Softmax
 
 HEAD, GROUP = 16, 3
 
@@ -27,7 +30,7 @@ def exact(queries, keys, values):
             keys[: t + 1],
             values[: t + 1],
             torch.zeros(t + 1, dtype=torch.float64),
-            HEAD**-0.5,
+            Softmax(HEAD**-0.5),
         )
         for t in range(len(queries))
     ]
@@ -118,7 +121,7 @@ def test_weighted_attention_counts_an_entry_weight_times():
     live = layout.live(700)
     weights = torch.tensor([s.weight for s in segments for _ in range(s.length)])
     keys, values = torch.randn(2, live, HEAD, dtype=torch.float64)
-    ours = attend(queries[:1], keys, values, log_weights(segments), 0.25)[0]
+    ours = attend(queries[:1], keys, values, log_weights(segments), Softmax(0.25))[0]
     repeated = (
         torch.repeat_interleave(keys, weights, 0),
         torch.repeat_interleave(values, weights, 0),
@@ -126,6 +129,36 @@ def test_weighted_attention_counts_an_entry_weight_times():
     assert repeated[0].shape[0] == 700
     scores = torch.softmax(0.25 * queries[0] @ repeated[0].T, -1)
     assert torch.allclose(ours, scores @ repeated[1], rtol=1e-12, atol=1e-12)
+
+
+def test_soft_caps_and_sinks_are_those_of_the_formula():
+    """Written out number by number; a cap and sinks about as large as the logits."""
+    queries, keys, values = tokens(3, seed=2)
+    logw, sinks = torch.tensor([0.0, 1.5, 0.7]).double(), torch.tensor([1.0, -math.inf, 3.0])
+    ours = attend(queries, keys, values, logw, Softmax(0.4, 1.25, sinks))
+    for i in range(3):
+        for g in range(GROUP):
+            shares = [
+                math.exp(1.25 * math.tanh(0.4 * float(queries[i, g] @ keys[j]) / 1.25) + logw[j])
+                for j in range(i + 1)
+            ]
+            total = sum(shares) + math.exp(sinks[g])
+            expected = sum(share / total * values[j] for j, share in enumerate(shares))
+            assert torch.allclose(ours[i, g], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_heavy_hitters_are_weighed_by_capped_logits_and_less_for_what_a_sink_takes():
+    layout = Layout(make_shape(160))
+    batch = tokens(layout.shape.first_event)
+    cache = ExpressCache(layout, HEAD, softmax=Softmax(0.4, 1.25, torch.tensor([1.0, 4.0, -9.0])))
+    cache.extend(*batch)
+    expected = torch.zeros(cache.tokens, dtype=torch.float64)
+    for r in range(RING_ROWS):
+        last, head = cache.tokens - RING_ROWS + r, r % GROUP
+        scores = 0.4 * batch[1][: last + 1] @ batch[0][last, head]
+        shares = torch.exp(1.25 * torch.tanh(scores / 1.25))
+        expected[: last + 1] += shares / (shares.sum() + math.exp((1.0, 4.0, -9.0)[head]))
+    assert torch.allclose(cache.attention_mass(), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_draw_is_uniform_over_all_tokens_seen():

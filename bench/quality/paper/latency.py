@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from express_vllm.layout import Segment, layout_for
+from express_vllm.softmax import Softmax
 
 from ..express import CPU_BLOCK, GPU_BLOCK
 from ..harness import Heads
@@ -122,7 +123,7 @@ class Step:
         )
         query = self.query.float().view(count, self.heads.kv, self.heads.group, -1)
         return lambda: decode_attention(
-            query, self.key, self.value, self.pages, batch, self.heads.scale
+            query, self.key, self.value, self.pages, batch, Softmax(self.heads.scale)
         ).flatten(1, 2)
 
     def _gpu(self) -> Callable[[], Tensor]:
@@ -137,8 +138,9 @@ class Step:
         output = torch.empty_like(self.query)
         scratch = decode.DecodeScratch(count, heads.query, heads.size, self.live, self.device)
         return lambda: decode.decode_attention(
-            self.query, self.pages, self.table, live, starts, steps, heads.scale, scratch, output
-        )
+            self.query, self.pages, self.table, live, starts, steps, Softmax(heads.scale), scratch,
+            output,
+        )  # fmt: skip
 
     def torch(self) -> Tensor:
         """The same without weights, by torch over dense keys and values."""
