@@ -19,7 +19,7 @@ BESIDE = {
     "sliding windows": r"sliding_window",
     "chunked attention": r"ChunkedLocalAttention",
     "states": r"\bIsHybrid\b",
-    "attention sinks": r"\bsinks\s*=",
+    "learned sinks": r"\bsinks\s*=",
     "soft caps": r"logits_soft_cap\s*=",
 }
 REFUSED = {

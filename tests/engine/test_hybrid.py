@@ -27,7 +27,8 @@ BLOCKS = {"qwen3_next": 64}
 FAMILIES = [
     "gemma3",
     *(pytest.param(x, marks=pytest.mark.slow)
-      for x in ("exaone4", "cohere2", "llama4", "qwen3_next", "granite4")),
+      for x in ("exaone4", "cohere2", "llama4", "qwen3_next", "granite4",
+                "gemma2", "gpt_oss")),
 ]  # fmt: skip
 
 
