@@ -72,6 +72,17 @@ def test_the_keyboard_alone_runs_a_prompt_both_ways(page, screenshots):
     print(f"screenshots are in {screenshots}")
 
 
+def test_a_prompt_can_be_pinned(page):
+    """Rounded up, as everywhere; the exact answer keeps all."""
+    page.run("document.getElementById('long').click()")
+    page.run("document.getElementById('tokens').value = 4")
+    page.run("document.getElementById('pinned').value = 40")
+    page.run("document.getElementById('run').click()")
+    page.until("!document.getElementById('run').disabled", 180)
+    assert text(page, "bounded-usage").endswith("first 48 tokens kept exactly")
+    assert " 0 compactions" in text(page, "full-usage")
+
+
 def test_a_refusal_is_shown_in_words(page):
     page.run("document.getElementById('memory').removeAttribute('min')")
     page.run("document.getElementById('memory').value = 5")
@@ -102,9 +113,16 @@ def test_assistive_technology_finds_names_for_everything(page):
         if role in ("textbox", "spinbutton", "combobox", "button", "image", "region", "table"):
             assert name, f"a {role} has no name"
     names = {name for role, name in seen if role in ("textbox", "spinbutton", "combobox")}
-    assert {"Prompt", "Memory (KV slots)", "Most output tokens", "Profile", "Send as"} <= names
+    assert {
+        "Prompt",
+        "Memory (tokens)",
+        "Pinned tokens",
+        "Most output tokens",
+        "Profile",
+        "Send as",
+    } <= names
     assert [name for role, name in seen if role == "heading"][:2] == [
-        "Express: KV caches of constant size", "KV slots now",
+        "Express: KV caches of constant size", "KV memory now",
     ]  # fmt: skip
     assert sum(role == "status" for role, _ in seen) == 2, "changes are announced"
     assert page.run("document.documentElement.lang") == "en"
