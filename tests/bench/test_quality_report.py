@@ -146,6 +146,9 @@ def test_a_stored_command_writes_the_file_that_it_is_stored_in():
         if words[3:4] == ["join"]:
             assert words[4] == f"{path.parent.name}/{path.stem}"
             assert all(f"--name {path.stem}." in part["command"] for part in stored["parts"])
+        elif words[2] == "pytest":
+            named = stored["environment"]["EXPRESS_SOAK_RESULT"]
+            assert named == f"{path.parent.name}/{path.stem}"
         elif "--name" in words:
             assert words[words.index("--name") + 1] == path.stem
         else:

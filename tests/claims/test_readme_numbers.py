@@ -1,4 +1,4 @@
-"""The README's figures are those of stored results."""
+"""The figures of README and of a page of docs are those of stored results."""
 
 from __future__ import annotations
 
@@ -50,3 +50,17 @@ def test_likelihood():
 def test_recall():
     share = line("**Bad news:**")[2].split("%")[0]
     assert f"0.{share} ± " in (ROOT / "docs" / "results" / "recall.md").read_text()
+
+
+def test_soak():
+    """The sentence of docs/caching.md about ten minutes of chats."""
+    stored = json.loads((ROOT / "bench/results/speed/soak-chats.json").read_text())
+    page = (ROOT / "docs" / "caching.md").read_text()
+    told = page.partition("## What was seen")[2].partition("##")[0]
+    counts, share = stored["counts"], stored["share_of_prompt_tokens_cached"]
+    assert f"{counts['200']:,} answers and {counts['cut']:,} that were cut off" in told
+    assert f"{share:.1%} of the prompts' tokens were cached" in told
+    warm = [row for row in stored["rows"] if row["minutes"] >= stored["rows"][-1]["minutes"] / 3]
+    for name in ("API server", "engine", "worker"):
+        sizes = [row[f"{name}, MiB"] for row in warm]
+        assert f"the {name} {min(sizes):.0f} to {max(sizes):.0f}" in told

@@ -122,7 +122,7 @@ def test_assistive_technology_finds_names_for_everything(page):
         "Send as",
     } <= names
     assert [name for role, name in seen if role == "heading"][:2] == [
-        "Express: KV caches of constant size", "KV slots now",
+        "Express: KV caches of constant size", "KV memory now",
     ]  # fmt: skip
     assert sum(role == "status" for role, _ in seen) == 2, "changes are announced"
     assert page.run("document.documentElement.lang") == "en"
