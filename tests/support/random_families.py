@@ -56,6 +56,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", {
         "layer_types": [SLIDING, FULL] * 3, "sliding_window": WINDOW, "query_pre_attn_scalar": 16,
         "attn_logit_softcapping": 20.0, "final_logit_softcapping": None,
+        "tie_word_embeddings": True,
     }),
     "gpt_oss": ("GptOssConfig", {
         "layer_types": [SLIDING, FULL] * 3, "sliding_window": WINDOW, "num_local_experts": 2,
@@ -75,8 +76,10 @@ def write(folder: str | Path, family: str, seed: int = 0) -> Path:
     config.dtype = torch.float32
     model = transformers.AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
+    # Where the embedding is the last matrix too, a large one would repeat the last token.
+    embedding = 0.1 if config.tie_word_embeddings else 1.0
     for key, tensor in model.state_dict().items():
-        sharpen(key, tensor, generator)
+        sharpen(key, tensor, embedding, generator)
     model.save_pretrained(folder)
     source = smallmodel.ensure()
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -84,12 +87,12 @@ def write(folder: str | Path, family: str, seed: int = 0) -> Path:
     return folder
 
 
-def sharpen(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
+def sharpen(name: str, tensor: torch.Tensor, embedding: float, generator: torch.Generator) -> None:
     """Random weights with which what attention finds decides the next token: a matrix keeps the
     standard deviation of what it maps; queries and attention's outputs are larger."""
     if tensor.ndim < 2:
         return
-    deviation = 1.0 if "embed" in name else tensor.shape[-1] ** -0.5
+    deviation = embedding if "embed" in name else tensor.shape[-1] ** -0.5
     gain = next((g for part, g in (("q_proj", 3.0), ("o_proj", 4.0)) if part in name), 1.0)
     tensor.normal_(0, deviation * gain, generator=generator)
 
