@@ -260,12 +260,12 @@ def _split_kernel(raw: type, capped: bool):
 
 
 @functools.cache
-def kernels(capped: bool) -> dict[torch.dtype, Any]:
+def kernels(capped: bool, /) -> dict[torch.dtype, Any]:
     """Split kernels by storage type, compiled or loaded when they are first asked for."""
     return {dtype: _split_kernel(raw, capped) for dtype, raw in RAW.items()}
 
 
-kernels(capped=False)
+kernels(False)
 
 
 @njit(fastmath=_FAST, cache=True)
