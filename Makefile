@@ -32,7 +32,7 @@ serve: setup  ## serve a model (by default the small one) on port 8000
 	@deploy/serve.sh
 
 test: model  ## run the tests
-	.venv/bin/python -m pytest -n 2 --dist loadgroup $(TESTS)
+	.venv/bin/python -m pytest $(TESTS)
 
 test-ops: model  ## run the tests that need Debian's chromium and prometheus, or minutes
 	@$(PYTHON) deploy/setup.py lint-deploy

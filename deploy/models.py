@@ -39,6 +39,7 @@ ALWAYS = {
 #: What was run, by the module of the model.
 TESTED = {
     "llama": "SmolLM2-135M and random weights, CPU and GPU",
+    "gemma2": "random weights, CPU", "gpt_oss": "random weights, CPU",
     "gemma3": "Gemma 3 270M and random weights, CPU",
     "exaone4": "random weights, CPU", "commandr": "Cohere2, random weights, CPU",
     "llama4": "random weights, CPU", "granitemoehybrid": "random weights, CPU",

@@ -11,15 +11,6 @@ from serving import serve
 from express_vllm import smallmodel
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    """`make test` runs in two processes: one for the tests that start engines, one after the other,
-    and one for the rest."""
-    for item in items if config.pluginmanager.hasplugin("xdist") else ():
-        if item.get_closest_marker("server"):
-            item.add_marker(pytest.mark.xdist_group("engines"))
-
-
 @pytest.fixture(scope="session")
 def model_path():
     return smallmodel.ensure()
