@@ -327,8 +327,10 @@ from bench.quality.policies import Policy
 from express_vllm.layout import layout_for
 from express_vllm.reference.attention import log_weights
 from express_vllm.reference.cache import ExpressCache
+from express_vllm.softmax import Softmax
 
 bench.HEADS, bench.KV_HEADS, bench.SIZE, bench.GROUP, bench.SCALE = 4, 2, 64, 2, 0.125
+bench.SOFTMAX = Softmax(bench.SCALE)
 bench.DEVICE, bench.DTYPE = torch.device("cpu"), torch.float32
 torch.cuda.Stream = lambda priority: None
 torch.manual_seed(0)
