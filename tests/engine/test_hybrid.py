@@ -162,7 +162,7 @@ def test_a_real_model_reads_30_000_tokens_in_1_024_slots(tmp_path):
     text = tokenizer(realdata.text())["input_ids"]
     long = (text + 2 * text[1:])[:30_000]
     calls = [
-        ("generate", {"requests": [request(story, 12)]}),
+        ("generate", {"requests": [request(story, 11)]}),
         ("generate", {"requests": [request(long, 12, memory_tokens=1024)]}),
     ]
     short, found = run_engine(
