@@ -58,6 +58,7 @@ def test_every_field_of_the_object_is_a_vllm_xarg_and_documented():
     assert all(field.description for field in Fields.model_fields.values())
 
 
+@settings(deadline=None)
 @given(
     st.fixed_dictionaries(
         {},
@@ -126,6 +127,7 @@ def test_limits_hold_in_the_model_itself():
 # --- sizes --------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.integers(128, 4096))
 def test_bytes_buy_whole_slots(slots):
     exactly = ask({"memory": f"{slots * SIZE.bytes_per_token}B"})

@@ -76,6 +76,7 @@ def test_bad_fields_name_field_value_and_range(fields, words):
         assert word in str(error.value)
 
 
+@settings(deadline=None)
 @given(st.integers(128, 1 << 24))
 def test_the_grid_gives_nearly_what_is_asked_for(slots):
     granted = on_grid(slots)
@@ -107,6 +108,7 @@ def test_a_pin_is_rounded_up_to_a_grid_and_no_less_than_the_servers_sinks():
     assert ask(pinned_tokens=4) == ask(), "what the server pins anyway changes nothing"
 
 
+@settings(deadline=None)
 @given(st.integers(5, 1 << 24))
 def test_a_pin_is_nearly_what_is_asked_for(tokens):
     granted = pins(tokens, CONFIG)
@@ -169,6 +171,7 @@ def test_the_operators_minimum_is_granted_even_off_the_grid():
     assert ask(config, memory_tokens=206).memory_tokens == 205
 
 
+@settings(deadline=None)
 @given(
     st.integers(167, 4096), st.integers(1, 8000), st.integers(1, 300), st.integers(0, 2**63 - 1),
     st.sampled_from(["recent", "even"]), st.floats(0, 0.6),

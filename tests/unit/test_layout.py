@@ -215,6 +215,7 @@ def test_the_ring_keeps_the_last_queries_before_an_event(shape, position):
         assert (rows < 0).all()
 
 
+@settings(deadline=None)
 @given(st.integers(1, MAX_TOKENS))
 def test_an_exact_layout_keeps_every_token(tokens):
     layout = layout_for(EXACT_SHAPE)
