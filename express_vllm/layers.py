@@ -92,7 +92,7 @@ class ModelLayers:
         Raises UnknownLayers if it has layers that are neither plain attention nor bounded.
         """
         config = model.hf_text_config
-        types = _types(config, model.get_total_num_hidden_layers())
+        types = kinds(config, model.get_total_num_hidden_layers())
         unknown = sorted(set(types) - {GROWING, *WINDOWS, *STATES, *EMPTY})
         if unknown:
             raise UnknownLayers(", ".join(unknown))
@@ -100,7 +100,9 @@ class ModelLayers:
         return cls(growing, tuple(_bounded(types, config)))
 
 
-def _types(config: Any, layers: int) -> Sequence[str]:
+def kinds(config: Any, layers: int) -> list[str]:
+    """The kind of each of `layers` layers, of a Hugging Face text configuration; what a window
+    without a size bounds grows."""
     types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     types = list(types or ["sliding_attention"] * layers)[:layers]  # prediction layers may follow
     off = {kind for kind, size in WINDOWS.items() if not getattr(config, size, None)}

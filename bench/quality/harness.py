@@ -18,11 +18,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from express_vllm.layers import GROWING, kinds
+
 from .caches import WindowCache
 
 ATTENTION = "express_quality"
-#: The kind of a layer that sees the whole text, in a model's `layer_types`.
-FULL = "full_attention"
 #: Called with (layer, query, key, value, output) of every attention.
 Watcher = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 
@@ -90,8 +90,8 @@ def register() -> None:
 
 def growing(config: Any) -> list[int]:
     """The layers of a model that see the whole text."""
-    types = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
-    return [layer for layer, kind in enumerate(types) if kind == FULL]
+    types = kinds(config, config.num_hidden_layers)
+    return [layer for layer, kind in enumerate(types) if kind == GROWING]
 
 
 def heads_of(model: Any) -> Heads:
@@ -99,7 +99,7 @@ def heads_of(model: Any) -> Heads:
     layers = growing(config)
     attention, rotary = model.model.layers[layers[0]].self_attn, model.model.rotary_emb
     if len(layers) < config.num_hidden_layers:
-        rotary = functools.partial(rotary, layer_type=FULL)
+        rotary = functools.partial(rotary, layer_type=GROWING)
     return Heads(
         len(layers), config.num_attention_heads, config.num_key_value_heads, attention.head_dim,
         attention.scaling, rotary, config,

@@ -9,11 +9,12 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import random_families
 import torch
 from engines import request, run_engine
 
 pytestmark = pytest.mark.server
-VOCABULARY = 500
+VOCABULARY = random_families.TINY["vocab_size"]
 
 
 #: Settings of express and of the model's layers, by its class in transformers.
@@ -32,18 +33,9 @@ MODELS = {
 )
 def random_model(request, tmp_path_factory):
     """Two layers, 4 query and 2 KV heads of size 32; and the server's settings for it."""
-    import transformers
-
-    torch.manual_seed(3)
     settings, layers = MODELS[request.param]
-    config = getattr(transformers, f"{request.param}Config")(
-        hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, vocab_size=VOCABULARY, max_position_embeddings=2048,
-        initializer_range=0.3, **layers,
-    )  # fmt: skip
     folder = tmp_path_factory.mktemp("random-model")
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return str(folder), settings
+    return random_families.write_two_layers(folder, f"{request.param}Config", **layers), settings
 
 
 def test_the_gpu_path_gives_the_tokens_of_the_cpu_path(tmp_path, random_model):

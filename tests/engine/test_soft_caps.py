@@ -5,28 +5,22 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import random_families
 import torch
 from engines import request, run_engine
 
 pytestmark = pytest.mark.server
-VOCABULARY = 500
+VOCABULARY = random_families.TINY["vocab_size"]
 
 
 @pytest.fixture(scope="module")
 def capped_model(tmp_path_factory):
     """Two layers, 4 query and 2 KV heads of size 32; logits about as large as their cap."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    torch.manual_seed(3)
-    config = Gemma2Config(
-        hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, vocab_size=VOCABULARY, max_position_embeddings=2048,
-        initializer_range=0.2, query_pre_attn_scalar=32, attn_logit_softcapping=2.0,
-        sliding_window=None, layer_types=["full_attention"] * 2,
+    return random_families.write_two_layers(
+        tmp_path_factory.mktemp("capped-model"), "Gemma2Config", initializer_range=0.2,
+        query_pre_attn_scalar=32, attn_logit_softcapping=2.0, sliding_window=None,
+        layer_types=[random_families.FULL] * 2,
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("capped-model")
-    Gemma2ForCausalLM(config).save_pretrained(folder)
-    return str(folder)
 
 
 def test_a_model_with_soft_caps_gives_vllms_tokens_and_both_paths_the_same(tmp_path, capped_model):

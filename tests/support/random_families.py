@@ -65,6 +65,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+#: Of models for Triton's interpreter, without a tokenizer.
+TINY: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 500, "max_position_embeddings": 2048,
+    "initializer_range": 0.3,
+}  # fmt: skip
+
+
+def write_two_layers(folder: Path, config_class: str, **own: Any) -> str:
+    """Write a TINY model with a configuration of this class, and `own` of it, to `folder`."""
+    import transformers
+
+    torch.manual_seed(3)
+    config = getattr(transformers, config_class)(**TINY | own)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
 def write(folder: str | Path, family: str, seed: int = 0) -> Path:
     """Write config, weights and tokenizer of a family to `folder`."""
     import transformers
